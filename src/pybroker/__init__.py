@@ -1,0 +1,1 @@
+"""pybroker: a durable message broker that runs inside a Python program."""

@@ -1,0 +1,92 @@
+"""The configuration's shape: frozen, typed, each field with its unit and default. No input is read or checked here.
+
+Bytes are bytes, times are seconds unless the name ends in ``_ms``. `pybroker.settings` turns TOML and keyword
+overrides into these classes and refuses what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StompLimits:
+    """What one STOMP connection may ask for. A peer that passes one gets an ERROR that names it."""
+
+    command_bytes_max: int = 64  # length of a frame's command line
+    header_count_max: int = 1_000  # headers in one frame
+    header_bytes_max: int = 16_384  # one header line
+    header_block_bytes_max: int = 65_536  # all header lines of one frame
+    body_bytes_max: int = 64 * 1024 * 1024  # one body
+    connect_timeout: float = 10.0  # seconds from accepting a connection to its CONNECT frame (TLS hand-shake included)
+    heartbeat_min_ms: int = 1_000  # the broker sends and asks for heart-beats no more often than this
+    heartbeat_tolerance: float = 2.0  # a peer may be silent for this many of its own intervals
+    write_timeout: float = 30.0  # seconds for which a peer may take no bytes while the broker closes its connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What connections, transactions, consumers and the broker as a whole may use."""
+
+    connections_max: int = 10_000  # connections to all listeners together
+    subscriptions_max: int = 1_000  # subscriptions of one connection
+    transactions_max: int = 100  # open transactions of one connection
+    transaction_messages_max: int = 10_000  # sends and acknowledgements in one transaction
+    transaction_bytes_max: int = 64 * 1024 * 1024  # bytes of the messages sent in one transaction
+    prefetch_default: int = 1_000  # messages a consumer may hold unacknowledged when it does not say
+    prefetch_max: int = 32_767  # the most that a consumer may ask for
+    prefetch_bytes_max: int = 16 * 1024 * 1024  # bytes a consumer may hold unacknowledged (one message always may)
+    outbox_bytes_max: int = 4 * 1024 * 1024  # bytes waiting for one connection's socket before its consumers pause
+    window_messages_max: int = 2_048  # messages at a queue's head that are kept in memory
+    window_bytes_max: int = 4 * 1024 * 1024  # bytes of these
+    memory_bytes_max: int = 512 * 1024 * 1024  # bytes of all messages in memory; past it producers wait
+    batch_bytes_max: int = 8 * 1024 * 1024  # bytes that wait for the journal before producers wait
+    store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full
+    queue_messages_max: int = 0  # messages in one queue; 0 = no limit
+    backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
+    full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
+    full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
+    turn_messages_max: int = 512  # frames of one connection handled before others get their turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryPolicy:
+    """How often a message is tried, and where it goes after that."""
+
+    deliveries_max: int = 6  # deliveries before a message goes to the dead-letter queue
+    dead_letter_queue: str = "/queue/ActiveMQ.DLQ"  # ActiveMQ's name for it
+    durable_default: bool = True  # whether a STOMP SEND without a `persistent` header is durable
+    expiry_interval: float = 1.0  # seconds between two sweeps for messages that have expired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """One broker.
+
+    name        shown in status and in errors
+    data_dir    directory of the LevelDB store; None keeps everything in memory, and the broker says so
+    listen      listener URLs: ``stomp://HOST:PORT`` and
+                ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``; port 0 takes a free one. Beyond loopback ``?allow=plaintext,anonymous`` must be said by name.
+    users       user name to password hash (made by ``pybroker hash-password``)
+    anonymous   whether a CONNECT without login is let in
+    sync        whether a commit waits for the disk (fsync); False is for tests and data that may be lost
+    stop_timeout  seconds for which a graceful stop may last before connections are cut
+    reopen_delay, reopen_delay_max  seconds before a failed store is opened again, doubling up to the second
+    """
+
+    name: str = "pybroker"
+    data_dir: Path | None = None
+    listen: tuple[str, ...] = ()
+    users: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    anonymous: bool = True
+    sync: bool = True
+    stop_timeout: float = 10.0
+    reopen_delay: float = 0.1
+    reopen_delay_max: float = 10.0
+    stomp: StompLimits = StompLimits()
+    limits: Limits = Limits()
+    delivery: DeliveryPolicy = DeliveryPolicy()

@@ -1,0 +1,131 @@
+"""Every error that a user of pybroker can meet. Owns names and texts only; knows nothing else of the package.
+
+Each message says what was wrong and how to mend it. ``BrokerError.code`` is a short, stable word that travels
+over the wire (the ``message`` header of a STOMP ERROR frame starts with the text, ``code`` carries this word).
+"""
+
+from __future__ import annotations
+
+
+class BrokerError(Exception):
+    """The base of all errors that pybroker raises on purpose."""
+
+    code = "broker-error"
+
+
+class ConfigurationError(BrokerError):
+    """A configuration value is wrong. The text holds its path and what was expected."""
+
+    code = "configuration"
+
+
+class ProtocolError(BrokerError):
+    """A peer broke the rules of its protocol (a *remote* error in h11's sense)."""
+
+    code = "protocol"
+
+
+class LimitExceeded(ProtocolError):
+    """A named limit was passed. ``limit`` is the configuration field, ``value`` its present value."""
+
+    code = "limit"
+
+    def __init__(self, limit: str, value: int, what: str) -> None:
+        super().__init__(f"{what}: limit {limit} is {value}")
+        self.limit = limit
+        self.value = value
+
+
+class InvalidDestination(BrokerError):
+    """A destination's name is not one that the broker accepts."""
+
+    code = "destination"
+
+
+class InvalidMessage(BrokerError):
+    """A message, or one of its headers, is not one that the broker can keep and deliver unchanged."""
+
+    code = "message"
+
+
+class AuthenticationFailed(BrokerError):
+    """Wrong user or password, or none where one is needed. The text never says which."""
+
+    code = "authentication"
+
+
+class SubscriptionError(BrokerError):
+    """A subscription can't be made or is not known (identifier in use, durable name taken, unknown id)."""
+
+    code = "subscription"
+
+
+class UnknownDelivery(BrokerError):
+    """An acknowledgement names a delivery that is not outstanding on this connection."""
+
+    code = "unknown-delivery"
+
+
+class TransactionError(BrokerError):
+    """A transaction is unknown, exists already, or was aborted."""
+
+    code = "transaction"
+
+
+class BrokerFull(BrokerError):
+    """The broker has no room for the message: it was refused and is not stored."""
+
+    code = "full"
+
+
+class SlowConsumer(BrokerError):
+    """A topic subscriber fell behind its backlog limit and was closed."""
+
+    code = "slow-consumer"
+
+
+class BrokerClosed(BrokerError):
+    """The broker is stopped or stopping; what was asked for did not happen."""
+
+    code = "closed"
+
+
+class SendInDoubt(BrokerError):
+    """The journal failed while the send or acknowledgement was under way: it may or may not be stored."""
+
+    code = "in-doubt"
+
+
+class StoreError(BrokerError):
+    """The base of errors of the store."""
+
+    code = "store"
+
+
+class StoreLocked(StoreError):
+    """Another process, or another broker of this one, has the directory open."""
+
+    code = "store-locked"
+
+
+class StoreFormatError(StoreError):
+    """The directory holds something that this version can't read, or that is not a pybroker store."""
+
+    code = "store-format"
+
+
+class StoreDamaged(StoreError):
+    """LevelDB refuses to open the directory, or to go on with it, because a file is damaged."""
+
+    code = "store-damaged"
+
+
+class CorruptRecord(StoreError):
+    """One key's value fails its checksum or does not parse. It is counted and never delivered."""
+
+    code = "corrupt-record"
+
+    def __init__(self, key: bytes, reason: str) -> None:
+        super().__init__(f"record {key.hex()}: {reason}")
+        self.key = key
+        self.reason = reason

@@ -1,0 +1,81 @@
+"""Store operations: what the core asks the store to keep. Owns the vocabulary; the core emits, the store encodes.
+
+An operation is a plain tuple whose first item is one of the tags below: the hot path makes one or two of them for each
+message. ``order`` is the place of a message in its queue: ``(9 - priority) << 56 | sequence``, so that ascending
+order is delivery order. All operations of one batch become durable together or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pybroker.message import PRIORITY_MAX, Message
+
+PUT_MESSAGE = 1  # (PUT_MESSAGE, queue_id, order, message)
+DELETE_MESSAGE = 2  # (DELETE_MESSAGE, queue_id, order, expires, counted): counted = it has a delivery record
+PUT_DELIVERIES = 3  # (PUT_DELIVERIES, queue_id, order, deliveries): how often delivery of it has begun
+PUT_BODY = 4  # (PUT_BODY, body_id, message, references): a message that several subscriptions share
+SET_REFERENCES = 5  # (SET_REFERENCES, body_id, references): how many references are left
+DELETE_BODY = 6  # (DELETE_BODY, body_id)
+PUT_REFERENCE = 7  # (PUT_REFERENCE, queue_id, order, body_id, expires, size)
+PUT_QUEUE = 8  # (PUT_QUEUE, QueueRecord)
+DELETE_QUEUE = 9  # (DELETE_QUEUE, queue_id): the descriptor only; its messages are deleted by their own operations
+
+SEQUENCE_BITS = 56
+SEQUENCE_MASK = (1 << SEQUENCE_BITS) - 1
+LEVELS = PRIORITY_MAX + 1
+
+Operation = tuple[object, ...]
+
+
+def order_of(priority: int, sequence: int) -> int:
+    """The place of a message in its queue: higher priority first, then by sequence."""
+    return (PRIORITY_MAX - priority) << SEQUENCE_BITS | sequence
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRecord:
+    """A queue's (or durable subscription's) descriptor. Written with each batch that touches the queue.
+
+    queue_id       never used again, also when the queue is deleted
+    kind           ``"queue"`` or ``"subscription"``
+    name           the queue's name; for a subscription the topic's name or pattern
+    client_id      owner of a durable subscription, else ""
+    subscription   name of a durable subscription, else ""
+    next_sequence  the sequence that the next message will get
+    count, size    durable messages in the queue, and their bytes (`Message.size`)
+    head           lower bound of the smallest order in the queue: where reading starts
+    dispatched     per level (index 0 = priority 9) the sequence below which delivery may have begun
+    """
+
+    queue_id: int
+    kind: str
+    name: str
+    client_id: str = ""
+    subscription: str = ""
+    next_sequence: int = 0
+    count: int = 0
+    size: int = 0
+    head: int = 0
+    dispatched: tuple[int, ...] = (0,) * LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """One message read back from the store. `body_id` is 0 for a message that is stored in its queue."""
+
+    order: int
+    message: Message
+    deliveries: int = 0
+    body_id: int = 0
+    references: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DueEntry:
+    """One row of the expiry index: a message that expires at ``expires`` (milliseconds since the Unix epoch)."""
+
+    expires: int
+    queue_id: int
+    order: int
+    size: int
