@@ -70,7 +70,8 @@ class BrokerConfig:
     name        shown in status and in errors
     data_dir    directory of the LevelDB store; None keeps everything in memory, and the broker says so
     listen      listener URLs: ``stomp://HOST:PORT`` and
-                ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``; port 0 takes a free one. Beyond loopback ``?allow=plaintext,anonymous`` must be said by name.
+                ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``; port 0 takes a free one.
+                Beyond loopback ``?allow=plaintext,anonymous`` must be said by name.
     users       user name to password hash (made by ``pybroker hash-password``)
     anonymous   whether a CONNECT without login is let in
     sync        whether a commit waits for the disk (fsync); False is for tests and data that may be lost

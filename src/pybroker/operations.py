@@ -37,7 +37,7 @@ def order_of(priority: int, sequence: int) -> int:
 class QueueRecord:
     """A queue's (or durable subscription's) descriptor. Written with each batch that touches the queue.
 
-    queue_id       never used again, also when the queue is deleted
+    queue_id       unsigned 64 bits, never used again, also when the queue is deleted
     kind           ``"queue"`` or ``"subscription"``
     name           the queue's name; for a subscription the topic's name or pattern
     client_id      owner of a durable subscription, else ""
