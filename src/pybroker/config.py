@@ -40,13 +40,14 @@ class Limits:
     prefetch_default: int = 1_000  # messages a consumer may hold unacknowledged when it does not say
     prefetch_max: int = 32_767  # the most that a consumer may ask for
     prefetch_bytes_max: int = 16 * 1024 * 1024  # bytes a consumer may hold unacknowledged (one message always may)
-    outbox_bytes_max: int = 4 * 1024 * 1024  # bytes waiting for one connection's socket before its consumers pause
+    outbox_bytes_max: int = 1024 * 1024  # bytes waiting for one connection's socket before its consumers pause
     window_messages_max: int = 2_048  # messages at a queue's head that are kept in memory
     window_bytes_max: int = 4 * 1024 * 1024  # bytes of these
     memory_bytes_max: int = 512 * 1024 * 1024  # bytes of all messages in memory; past it producers wait
     batch_bytes_max: int = 8 * 1024 * 1024  # bytes that wait for the journal before producers wait
     store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
+    destinations_max: int = 100_000  # queues and durable subscriptions together
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused

@@ -27,9 +27,22 @@ class Message:
     expires       milliseconds since the Unix epoch after which it is not delivered; 0 = never
     message_id    given by the core at the first acceptance; unchanged on redelivery
     timestamp     milliseconds since the Unix epoch when the core accepted it
+    size          bytes that it is counted with in every limit: header block and body
+    holders       how many queue entries in memory refer to it; only the core counts here
     """
 
-    __slots__ = ("body", "destination", "durable", "expires", "header_block", "message_id", "priority", "timestamp")
+    __slots__ = (
+        "body",
+        "destination",
+        "durable",
+        "expires",
+        "header_block",
+        "holders",
+        "message_id",
+        "priority",
+        "size",
+        "timestamp",
+    )
 
     def __init__(
         self,
@@ -50,11 +63,8 @@ class Message:
         self.expires = expires
         self.message_id = message_id
         self.timestamp = timestamp
-
-    @property
-    def size(self) -> int:
-        """Bytes that the message is counted with in every limit: headers and body."""
-        return len(self.header_block) + len(self.body)
+        self.size = len(header_block) + len(body)
+        self.holders = 0
 
     @property
     def headers(self) -> list[tuple[str, str]]:
@@ -68,10 +78,18 @@ class Message:
                 return value
         return None
 
-    def copy(self, **changes: object) -> Message:
-        """A new message with some fields changed (dead letters, composites)."""
-        fields = {name: getattr(self, name) for name in self.__slots__} | changes
-        return Message(**fields)
+    def moved_to(self, destination: str, extra_headers: bytes = b"", expires: int = 0) -> Message:
+        """The same content and id under another destination, with more headers in front (dead letters)."""
+        return Message(
+            destination,
+            self.body,
+            extra_headers + self.header_block,
+            self.durable,
+            self.priority,
+            expires,
+            self.message_id,
+            self.timestamp,
+        )
 
     def __repr__(self) -> str:
         return f"<Message {self.message_id.decode('latin-1') or '(new)'} to {self.destination}, {len(self.body)} bytes>"

@@ -13,7 +13,7 @@ from pybroker.message import PRIORITY_MAX, Message
 
 PUT_MESSAGE = 1  # (PUT_MESSAGE, queue_id, order, message)
 DELETE_MESSAGE = 2  # (DELETE_MESSAGE, queue_id, order, expires, counted): counted = it has a delivery record
-PUT_DELIVERIES = 3  # (PUT_DELIVERIES, queue_id, order, deliveries): how often delivery of it has begun
+PUT_DELIVERIES = 3  # (PUT_DELIVERIES, queue_id, order, deliveries): how often delivery of it has begun; 0 too
 PUT_BODY = 4  # (PUT_BODY, body_id, message, references): a message that several subscriptions share
 SET_REFERENCES = 5  # (SET_REFERENCES, body_id, references): how many references are left
 DELETE_BODY = 6  # (DELETE_BODY, body_id)
@@ -38,7 +38,7 @@ class QueueRecord:
     """A queue's (or durable subscription's) descriptor. Written with each batch that touches the queue.
 
     queue_id       unsigned 64 bits, never used again, also when the queue is deleted
-    kind           ``"queue"`` or ``"subscription"``
+    kind           ``"queue"``, ``"subscription"``, or ``"deleted"``: one whose messages are still being removed
     name           the queue's name; for a subscription the topic's name or pattern
     client_id      owner of a durable subscription, else ""
     subscription   name of a durable subscription, else ""
@@ -62,20 +62,28 @@ class QueueRecord:
 
 @dataclass(frozen=True, slots=True)
 class StoredEntry:
-    """One message read back from the store. `body_id` is 0 for a message that is stored in its queue."""
+    """One message read back from the store.
+
+    `deliveries` is None without a delivery record; `body_id` is 0 for a message that is stored in its queue.
+    """
 
     order: int
     message: Message
-    deliveries: int = 0
+    deliveries: int | None = None
     body_id: int = 0
     references: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DueEntry:
-    """One row of the expiry index: a message that expires at ``expires`` (milliseconds since the Unix epoch)."""
+    """One row of the expiry index: a message that expires at ``expires`` (milliseconds since the Unix epoch).
+
+    `body_id` and `references` are those of a message that subscriptions share, else 0.
+    """
 
     expires: int
     queue_id: int
     order: int
     size: int
+    body_id: int = 0
+    references: int = 0

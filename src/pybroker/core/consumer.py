@@ -1,0 +1,91 @@
+"""Connections, consumers and transactions as the core knows them: who holds what. Decides nothing about messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pybroker.core.entry import Entry
+
+if TYPE_CHECKING:
+    from pybroker.core.queue import Queue
+    from pybroker.message import Message
+
+AUTO = "auto"  # acknowledged when the transport has taken it
+CUMULATIVE = "cumulative"  # an acknowledgement is for all deliveries up to it
+INDIVIDUAL = "individual"  # each on its own
+ACK_MODES = (AUTO, CUMULATIVE, INDIVIDUAL)
+
+
+class Connection:
+    """One client. `sink` is the run time's object for it, which the core only hands back."""
+
+    __slots__ = ("client_id", "closed", "consumers", "paused", "sink", "transactions")
+
+    def __init__(self, sink: Any, client_id: str) -> None:
+        self.sink = sink
+        self.client_id = client_id
+        self.consumers: set[Consumer] = set()
+        self.transactions: dict[str, Transaction] = {}
+        self.paused = False  # its outbox is full: nothing is dispatched to it
+        self.closed = False
+
+
+class Consumer:
+    """One subscription of one connection to one queue.
+
+    credit   messages that it may still be given; `size` bytes that it holds unacknowledged, at most `size_max`
+    unacked  delivery tag to entry, in order of delivery
+    holding  its deliveries that wait for their batch
+    context  the run time's own data about it
+    """
+
+    __slots__ = (
+        "ack_mode",
+        "connection",
+        "context",
+        "credit",
+        "holding",
+        "last_tag",
+        "listed",
+        "queue",
+        "sink",
+        "size",
+        "size_max",
+        "unacked",
+    )
+
+    def __init__(
+        self, connection: Connection, queue: Queue, ack_mode: str, prefetch: int, size_max: int, context: Any
+    ) -> None:
+        self.connection = connection
+        self.sink = connection.sink
+        self.queue = queue
+        self.ack_mode = ack_mode
+        self.credit = prefetch
+        self.size = 0
+        self.size_max = size_max
+        self.unacked: dict[int, Entry] = {}
+        self.last_tag = 0
+        self.holding = 0
+        self.listed = False  # it stands in its queue's list of consumers that may be given something
+        self.context = context
+
+    @property
+    def able(self) -> bool:
+        """Whether it may be given a message now."""
+        return self.credit > 0 and self.size < self.size_max and not self.connection.paused
+
+
+class Transaction:
+    """Sends and settlements that wait for a commit."""
+
+    __slots__ = ("messages", "settled", "size")
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self.settled: list[tuple[Entry, bool]] = []  # (entry, True = acknowledged, False = rejected)
+        self.size = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.messages) + len(self.settled)

@@ -1,0 +1,455 @@
+"""A queue: the place of messages, their window in memory, and their dispatch. A durable or plain subscription is one too.
+
+Pure: no clock, no input or output. What must be stored is appended to the core's operations; deliveries are appended to its
+effects. DESIGN.md sections 3 and 4. The rules that hold after every call are in `pybroker.core.invariants`.
+
+Where an entry of a queue can be: *ready* below `tail` in the window; *ready* at or behind `tail` only in the store or the
+spool (or, while a page is read, in the request's `added`); *outstanding* with a consumer or in a transaction.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pybroker.core.consumer import Consumer
+from pybroker.core.entry import GONE, HELD, READY, SENT, Entry
+from pybroker.core.reads import PageRequest
+from pybroker.core.shared import SharedBody
+from pybroker.core.window import Window
+from pybroker.message import Message
+from pybroker.operations import (
+    DELETE_MESSAGE,
+    PUT_DELIVERIES,
+    PUT_MESSAGE,
+    PUT_REFERENCE,
+    SEQUENCE_BITS,
+    SEQUENCE_MASK,
+    QueueRecord,
+    StoredEntry,
+    order_of,
+)
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+QUEUE = "queue"  # /queue/NAME
+SUBSCRIPTION = "subscription"  # a durable subscription to a topic
+BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
+DELETED = "deleted"  # a durable subscription whose messages are being removed
+HEAD_EVERY = 4_096  # removals after which the lower bound of a queue is worked out anew
+
+
+class Queue:
+    """One queue of one of the kinds above."""
+
+    __slots__ = (
+        "_removals",
+        "available",
+        "client_id",
+        "consumers",
+        "core",
+        "count",
+        "counts",
+        "dirty",
+        "dispatched",
+        "head",
+        "kind",
+        "name",
+        "next_sequence",
+        "outstanding",
+        "page",
+        "queue_id",
+        "size",
+        "subscription",
+        "tail",
+        "transient",
+        "window",
+    )
+
+    def __init__(self, core: Core, record: QueueRecord) -> None:
+        self.core = core
+        self.queue_id = record.queue_id
+        self.kind = record.kind
+        self.name = record.name
+        self.client_id = record.client_id
+        self.subscription = record.subscription
+        self.next_sequence = record.next_sequence
+        self.count = record.count  # stored messages, ready or outstanding
+        self.size = record.size  # bytes of these
+        self.head = record.head  # lower bound of the order of all stored messages
+        self.dispatched = list(record.dispatched)
+        self.transient = 0  # messages that are not stored
+        self._removals = 0
+        self.dirty = False  # the descriptor in the store is out of date
+        self.window = Window()
+        self.tail: int | None = record.head if record.count else None
+        self.page: PageRequest | None = None
+        self.outstanding: dict[int, Entry] = {}
+        self.consumers: set[Consumer] = set()
+        self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
+        self.counts = QueueCounts()
+
+    @property
+    def depth(self) -> int:
+        """Messages in the queue, ready and outstanding."""
+        return self.count + self.transient
+
+    def record(self) -> QueueRecord:
+        """The descriptor as it is to be stored with everything emitted so far."""
+        return QueueRecord(
+            self.queue_id,
+            self.kind,
+            self.name,
+            self.client_id,
+            self.subscription,
+            self.next_sequence,
+            self.count,
+            self.size,
+            self.head,
+            tuple(self.dispatched),
+        )
+
+    # ---- messages come
+
+    def accept(self, message: Message, shared: SharedBody | None = None) -> None:
+        """Put a new message at its place, and dispatch."""
+        core = self.core
+        sequence = self.next_sequence
+        self.next_sequence = sequence + 1
+        order = order_of(message.priority, sequence)
+        self.counts.enqueued += 1
+        if message.durable and self.kind != BACKLOG:
+            entry = Entry(message, order, self, True, shared)
+            if shared is None:
+                core.operations.append((PUT_MESSAGE, self.queue_id, order, message))
+            else:
+                core.operations.append(
+                    (PUT_REFERENCE, self.queue_id, order, shared.body_id, message.expires, message.size)
+                )
+            if not self.count or order < self.head:
+                self.head = order
+            self.count += 1
+            self.size += message.size
+            core.stored_bytes += message.size
+            if not self.dirty:
+                core.touch(self)
+        else:
+            entry = Entry(message, order, self, False)
+            self.transient += 1
+            if message.expires:
+                core.expiries.add(entry)
+        core.hold(entry)
+        if self.available and self.tail is None and not self.window:
+            self._deliver(entry)
+        else:
+            self._insert(entry)
+            if self.available:
+                self.dispatch()
+
+    def _insert(self, entry: Entry) -> None:
+        """Put a ready entry that memory holds into the window, or leave it behind the tail."""
+        tail = self.tail
+        if tail is not None and entry.order >= tail:
+            page = self.page
+            if page is not None and entry.order >= page.start:
+                if page.floor is None and page.added_size < page.size_max and len(page.added) < page.count_max:
+                    page.added[entry.order] = entry
+                    page.added_size += entry.message.size
+                    return
+                page.floor = entry.order if page.floor is None else min(page.floor, entry.order)
+                page.removed.discard(entry.order)
+            self._leave_to_store(entry)
+            return
+        window = self.window
+        window.add(entry)
+        limits = self.core.limits
+        if len(window) > limits.window_messages_max or (window.size > limits.window_bytes_max and len(window) > 1):
+            # a quarter at once, so that cutting costs little for each
+            self.shrink(limits.window_messages_max * 3 // 4, limits.window_bytes_max)
+
+    def shrink(self, count_keep: int, size_keep: int) -> None:
+        """Leave the end of the window to the store and the spool."""
+        for entry in self.window.cut(count_keep, size_keep):
+            self.tail = entry.order
+            self._leave_to_store(entry)
+
+    def _leave_to_store(self, entry: Entry) -> None:
+        if not entry.stored and not entry.spooled:
+            self.core.spool(entry)
+        if entry.deliveries != self._deliveries_without_record(entry) or entry.recorded:
+            # It comes back by a page: its deliveries must be found there.
+            where = self.core.operations if entry.stored else self.core.spool_operations
+            where.append((PUT_DELIVERIES, self.queue_id, entry.order, entry.deliveries))
+        if entry.message.expires and not entry.stored:
+            self.core.expiries.discard(entry)  # the spool's own index has it now
+        entry.state = GONE
+        self.core.let_go(entry)
+
+    def _deliveries_without_record(self, entry: Entry) -> int:
+        """What a page finds for an entry that has no delivery record: once, if the mark has passed it."""
+        if not entry.stored:
+            return 0
+        return int((entry.order & SEQUENCE_MASK) < self.dispatched[entry.order >> SEQUENCE_BITS])
+
+    # ---- messages are given out
+
+    def choose(self) -> Consumer | None:
+        """Whom the next message may go to: round robin over the consumers with credit. The one place that decides it."""
+        return self.available[0] if self.available else None
+
+    def dispatch(self) -> None:
+        """Give out ready messages while there is somebody to take them."""
+        window = self.window
+        while (consumer := self.choose()) is not None:
+            if not window:
+                if self.tail is not None:
+                    self.request_page()
+                return
+            entry = window.pop_first()
+            expires = entry.message.expires
+            if expires and expires <= self.core.now:
+                self.core.expire(entry)
+                continue
+            self._deliver(entry, consumer)
+        return
+
+    def _deliver(self, entry: Entry, consumer: Consumer | None = None) -> None:
+        consumer = consumer or self.choose()
+        assert consumer is not None
+        core = self.core
+        order = entry.order
+        tag = consumer.last_tag + 1
+        consumer.last_tag = tag
+        entry.consumer = consumer
+        entry.tag = tag
+        consumer.unacked[tag] = entry
+        self.outstanding[order] = entry
+        consumer.credit -= 1
+        consumer.size += entry.message.size
+        available = self.available
+        if consumer.credit <= 0 or consumer.size >= consumer.size_max:
+            available.remove(consumer)
+            consumer.listed = False
+        elif len(available) > 1:
+            available.rotate(-1)
+        if entry.stored:
+            if entry.deliveries:
+                core.operations.append((PUT_DELIVERIES, self.queue_id, order, entry.deliveries + 1))
+                entry.recorded = True
+            self._count_dispatched(order)
+            entry.state = HELD
+            consumer.holding += 1
+            core.held.append(entry)
+        elif consumer.holding:  # behind what waits for the journal, so that one producer's order stays
+            entry.state = HELD
+            consumer.holding += 1
+            core.held.append(entry)
+        else:
+            entry.state = SENT
+            core.instant.append(entry)
+        if self.tail is not None and self.page is None and len(self.window) < core.page_below:
+            self.request_page()
+
+    def _count_dispatched(self, order: int) -> None:
+        level = order >> SEQUENCE_BITS
+        sequence = order & SEQUENCE_MASK
+        if sequence >= self.dispatched[level]:
+            self.dispatched[level] = sequence + 1
+            if not self.dirty:
+                self.core.touch(self)
+
+    def list_consumer(self, consumer: Consumer) -> None:
+        """Let a consumer that is able again take part in the dispatch."""
+        if not consumer.listed and consumer.able:
+            consumer.listed = True
+            self.available.append(consumer)
+
+    def unlist_consumer(self, consumer: Consumer) -> None:
+        if consumer.listed:
+            consumer.listed = False
+            self.available.remove(consumer)
+
+    # ---- messages go, or come back
+
+    def settle(self, entry: Entry) -> None:
+        """Take an outstanding entry from its consumer, whose credit it gives back; the entry stays outstanding."""
+        consumer = entry.consumer
+        assert consumer is not None
+        del consumer.unacked[entry.tag]
+        consumer.credit += 1
+        consumer.size -= entry.message.size
+        if not consumer.listed:
+            self.list_consumer(consumer)
+
+    def remove(self, entry: Entry) -> None:
+        """An outstanding (settled) entry is done with."""
+        del self.outstanding[entry.order]
+        self.forget(entry)
+
+    def forget(self, entry: Entry) -> None:
+        """Remove an entry for good that stands in none of the queue's collections any more."""
+        core = self.core
+        entry.state = GONE
+        if entry.stored:
+            core.operations.append((DELETE_MESSAGE, self.queue_id, entry.order, entry.message.expires, entry.recorded))
+            self.removed_stored(entry.order, entry.message.size, entry.message.expires)
+            if entry.shared is not None:
+                core.operations.append(core.shared.release(entry.shared))
+        else:
+            self.transient -= 1
+            if entry.spooled:
+                core.unspool(entry)
+            if entry.message.expires:
+                core.expiries.discard(entry)
+        if self.page is not None and entry.order >= self.page.start:
+            self.page.removed.add(entry.order)
+        core.let_go(entry)
+        core.freed = True
+
+    def removed_stored(self, order: int, size: int, expires: int) -> None:
+        core = self.core
+        self.count -= 1
+        self.size -= size
+        core.stored_bytes -= size
+        if expires and core.due_removed is not None:
+            core.due_removed.add((self.queue_id, order))
+        self._removals += 1
+        if self._removals >= HEAD_EVERY:
+            self._removals = 0
+            self.head_at_least(order_of(0, self.next_sequence) if self.tail is None else self.tail)
+        if not self.dirty:
+            core.touch(self)
+
+    def put_back(self, entries: Iterable[Entry]) -> None:
+        """Return settled entries to their places. Deliveries that were shown are counted; those past the limit move on."""
+        core = self.core
+        for entry in entries:
+            del self.outstanding[entry.order]
+            shown = entry.state != HELD
+            if not shown:
+                if not entry.stored and entry.message.expires:
+                    core.expiries.discard(entry)
+                entry = entry.again()
+                if not entry.stored and entry.message.expires:
+                    core.expiries.add(entry)
+            entry.state = READY
+            entry.consumer = None
+            if shown:
+                entry.deliveries += 1
+                self.counts.redelivered += 1
+                if core.dead_letter_due(entry):
+                    core.dead_letter(entry, "deliveries")
+                    continue
+            expires = entry.message.expires
+            if expires and expires <= core.now:
+                core.expire(entry)
+                continue
+            if self.kind == DELETED:
+                self.forget(entry)
+            else:
+                self._insert(entry)
+
+    # ---- pages
+
+    def request_page(self) -> None:
+        """Ask for the messages behind the window, unless that is under way."""
+        if self.page is None and self.tail is not None:
+            limits = self.core.limits
+            self.page = PageRequest(
+                self, self.tail, max(limits.window_messages_max // 2, 1), max(limits.window_bytes_max // 2, 1)
+            )
+            self.core.read_page(self.page)
+
+    def page_loaded(self, entries: list[StoredEntry], transient: list[StoredEntry], bound: int | None) -> None:
+        """Take what was read: stored entries and spooled ones, each ascending; all there is below `bound` (None = all)."""
+        page = self.page
+        assert page is not None
+        self.page = None
+        if self.tail is None or self.tail < page.start:  # the window was cut meanwhile: what was read doesn't join it
+            for entry in page.added.values():
+                self._leave_to_store(entry)
+            self.dispatch()
+            return
+        if page.floor is not None:
+            bound = page.floor if bound is None else min(bound, page.floor)
+        fresh: dict[int, Entry] = {}
+        for stored, found in ((True, entries), (False, transient)):
+            for row in found:
+                order = row.order
+                if bound is not None and order >= bound:
+                    break
+                known = order in page.removed or order in page.added or order in self.outstanding
+                if not known and order not in self.window:
+                    fresh[order] = self._from_store(row, stored)
+        for order, entry in page.added.items():
+            if bound is None or order < bound:
+                fresh[order] = entry
+            else:
+                self._leave_to_store(entry)
+        self.tail = bound
+        self.head_at_least(page.start)
+        core = self.core
+        for order in sorted(fresh):
+            entry = fresh[order]
+            if self.kind == DELETED:
+                self.forget(entry)
+            elif core.dead_letter_due(entry):
+                core.dead_letter(entry, "deliveries")
+            else:
+                self._insert(entry)
+        if self.kind == DELETED:
+            self.empty()
+        else:
+            self.dispatch()
+
+    def empty(self) -> None:
+        """Remove everything that is ready, page by page; with kind DELETED the queue itself goes in the end."""
+        while self.window:
+            self.forget(self.window.pop_first())
+        if self.tail is not None:
+            self.request_page()
+        elif not self.outstanding:
+            self.core.deleted(self)
+
+    def head_at_least(self, start: int) -> None:
+        """Raise the lower bound: nothing stored stands below `start`, the window and the outstanding ones apart."""
+        head = min(start, self.window.first_order(start), min(self.outstanding, default=start))
+        if head > self.head:
+            self.head = head
+            if not self.dirty and self.kind != BACKLOG:
+                self.core.touch(self)
+
+    def _from_store(self, row: StoredEntry, stored: bool) -> Entry:
+        core = self.core
+        message = row.message
+        shared = core.shared.loaded_from_store(row.body_id, row.references) if row.body_id else None
+        entry = Entry(message, row.order, self, stored, shared)
+        entry.spooled = not stored
+        if row.deliveries is None:
+            entry.deliveries = self._deliveries_without_record(entry)
+        else:
+            entry.recorded = True
+            entry.deliveries = row.deliveries
+        if message.expires and not stored:
+            core.expiries.add(entry)
+        core.hold(entry)
+        return entry
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.kind} {self.name!r} depth {self.depth}>"
+
+
+class QueueCounts:
+    """Counters of one queue since the broker started."""
+
+    __slots__ = ("acknowledged", "corrupt", "dead_lettered", "enqueued", "expired", "redelivered")
+
+    def __init__(self) -> None:
+        self.enqueued = 0
+        self.acknowledged = 0
+        self.redelivered = 0
+        self.dead_lettered = 0
+        self.expired = 0
+        self.corrupt = 0

@@ -1,0 +1,44 @@
+"""What the core asks the run time to read from the store, and what it did not yet know when it asked.
+
+A request stands in the list of held effects: so it is carried out when everything that the core had emitted before it is
+committed, and what it brings can only be out of date by what the core has recorded since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pybroker.core.entry import Entry
+
+if TYPE_CHECKING:
+    from pybroker.core.queue import Queue
+
+
+class PageRequest:
+    """Read the ready messages of a queue from `start` on, from the store and the spool.
+
+    added    entries that came at or behind `start` since the request, kept in memory
+    floor    the lowest order that came since and was not kept: the page may reach only below it
+    removed  orders at or behind `start` that went since
+    """
+
+    __slots__ = ("added", "added_size", "count_max", "floor", "queue", "removed", "size_max", "start")
+
+    def __init__(self, queue: Queue, start: int, count_max: int, size_max: int) -> None:
+        self.queue = queue
+        self.start = start
+        self.count_max = count_max
+        self.size_max = size_max
+        self.added: dict[int, Entry] = {}
+        self.added_size = 0
+        self.floor: int | None = None
+        self.removed: set[int] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class DueRequest:
+    """Read the expiry index up to `now` (milliseconds since the Unix epoch), at most `count_max` rows."""
+
+    now: int
+    count_max: int
