@@ -46,6 +46,7 @@ class Limits:
     memory_bytes_max: int = 512 * 1024 * 1024  # bytes of all messages in memory; past it producers wait
     batch_bytes_max: int = 8 * 1024 * 1024  # bytes that wait for the journal before producers wait
     store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full
+    disk_free_bytes_min: int = 64 * 1024 * 1024  # with less room than this on the store's disk producers wait
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
     destinations_max: int = 100_000  # queues and durable subscriptions together
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber

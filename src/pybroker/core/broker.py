@@ -91,6 +91,8 @@ class Core:
         self.memory_bytes = 0  # messages and entries in memory
         self.stored_bytes = 0  # messages in the store
         self.spooled_bytes = 0  # messages in the spool
+        self.spooled = 0  # how many these are
+        self.disk_full = ""  # why the disk has no room, as the caller found it; "" when it has
         self.page_below = max(limits.window_messages_max // 2, 1)  # a window below this asks for its next page
         self.expiries = Expiries()
         self.shared = SharedBodies()
@@ -273,7 +275,8 @@ class Core:
             queue.outstanding.pop(entry.order, None)
             queue.forget(entry)
         del self.queues[queue.queue_id]
-        if queue.tail is not None:
+        if queue.spooled:
+            self._count_spooled(queue, -queue.spooled, -queue.spooled_size)
             self.spool_operations.append((DELETE_QUEUE, queue.queue_id))
 
     def pause(self, connection: Connection) -> None:
@@ -395,6 +398,8 @@ class Core:
     def full(self, message: Message) -> BrokerFull | None:
         """Why there is no room for the message now, or None when there is. Makes room where it can."""
         limits = self.limits
+        if self.disk_full:
+            return BrokerFull(self.disk_full)
         if self.memory_bytes > limits.memory_bytes_max:
             self.shrink()
             if self.memory_bytes > limits.memory_bytes_max:
@@ -631,8 +636,8 @@ class Core:
         self.expire(entry)
         return True
 
-    def due_loaded(self, rows: list[DueEntry], transient: list[DueEntry]) -> None:
-        """Take what was read of the expiry index of the store and of the spool."""
+    def due_loaded(self, request: DueRequest, rows: list[DueEntry], transient: list[DueEntry]) -> None:
+        """Take what was read of the expiry index of the store and of the spool; ask for more where there is more."""
         removed = self.due_removed or set()
         self.due_removed = None
         for stored, found in ((True, rows), (False, transient)):
@@ -643,6 +648,13 @@ class Core:
                 if queue.tail is not None and row.order >= queue.tail:
                     self._expire_unloaded(queue, row, stored)
         self.shared.read_ended()
+        if max(len(rows), len(transient)) >= request.count_max:
+            # Behind the last row of the index that ended first: the other one's rows are met again, which does no harm.
+            ends = [found[-1] for found in (rows, transient) if len(found) >= request.count_max]
+            last = min((row.expires, row.queue_id, row.order) for row in ends)
+            self.due_removed = set()
+            self.shared.read_began()
+            self.held.append(DueRequest(request.now, request.count_max, last))
 
     def _expire_unloaded(self, queue: Queue, row: DueEntry, stored: bool) -> None:
         queue.counts.expired += 1
@@ -658,7 +670,7 @@ class Core:
         else:
             self.spool_operations.append(operation)
             queue.transient -= 1
-            self.spooled_bytes -= row.size
+            self._count_spooled(queue, -1, -row.size)
         if queue.page is not None and row.order >= queue.page.start:
             queue.page.removed.add(row.order)
         self.freed = True
@@ -688,12 +700,18 @@ class Core:
     def spool(self, entry: Entry) -> None:
         """Write a non-durable entry to the spool."""
         entry.spooled = True
-        self.spooled_bytes += entry.message.size
+        self._count_spooled(entry.queue, 1, entry.message.size)
         self.spool_operations.append((PUT_MESSAGE, entry.queue.queue_id, entry.order, entry.message))
+
+    def _count_spooled(self, queue: Queue, count: int, size: int) -> None:
+        queue.spooled += count
+        queue.spooled_size += size
+        self.spooled += count
+        self.spooled_bytes += size
 
     def unspool(self, entry: Entry) -> None:
         """Remove an entry from the spool."""
-        self.spooled_bytes -= entry.message.size
+        self._count_spooled(entry.queue, -1, -entry.message.size)
         operation = (DELETE_MESSAGE, entry.queue.queue_id, entry.order, entry.message.expires, entry.recorded)
         self.spool_operations.append(operation)
 

@@ -62,6 +62,8 @@ class Queue:
         "page",
         "queue_id",
         "size",
+        "spooled",
+        "spooled_size",
         "subscription",
         "tail",
         "transient",
@@ -81,6 +83,8 @@ class Queue:
         self.head = record.head  # lower bound of the order of all stored messages
         self.dispatched = list(record.dispatched)
         self.transient = 0  # messages that are not stored
+        self.spooled = 0  # how many of these are in the spool
+        self.spooled_size = 0  # and their bytes
         self._removals = 0
         self.dirty = False  # the descriptor in the store is out of date
         self.window = Window()

@@ -38,7 +38,11 @@ class PageRequest:
 
 @dataclass(frozen=True, slots=True)
 class DueRequest:
-    """Read the expiry index up to `now` (milliseconds since the Unix epoch), at most `count_max` rows."""
+    """Read the expiry index up to `now` (milliseconds since the Unix epoch), at most `count_max` rows.
+
+    `after`: only rows behind this one (expires, queue id, order): those before it are outstanding, and stay.
+    """
 
     now: int
     count_max: int
+    after: tuple[int, int, int] | None = None

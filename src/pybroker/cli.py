@@ -1,0 +1,263 @@
+"""The command line: thin over the library. Owns options and output; every flag is one configuration field."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from pybroker.broker import Broker, open_broker, single
+from pybroker.config import BrokerConfig
+from pybroker.control import ask
+from pybroker.errors import BrokerError
+from pybroker.remote import connect_stomp
+from pybroker.settings import load_config, make_config
+from pybroker.store.check import verify
+from pybroker.store.report import Report
+from pybroker.store.salvage import salvage
+from pybroker.users import hash_password
+
+DEFAULT_URL = "stomp://127.0.0.1:61613"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pybroker")
+def cli() -> None:
+    """A durable message broker."""
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--name", help="Name of the broker, shown in status.")
+@click.option(
+    "--data", "data_dir", type=click.Path(path_type=Path), help="Directory of the store; without it: in memory."
+)
+@click.option("--listen", multiple=True, metavar="URL", help="stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=F&key=F.")
+@click.option("--user", "users", multiple=True, metavar="NAME:PASSWORD", help="A user who may connect; repeatable.")
+@click.option("--anonymous/--no-anonymous", default=None, help="Whether a login is not needed.")
+@click.option("--log-level", default="INFO", help="Of the log on stderr.")
+def serve(
+    config: Path | None,
+    name: str | None,
+    data_dir: Path | None,
+    listen: tuple[str, ...],
+    users: tuple[str, ...],
+    anonymous: bool | None,
+    log_level: str,
+) -> None:
+    """Run a broker until SIGTERM. CONFIG is a TOML file of the same fields; flags go before it."""
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    loaded = load_config(config) if config is not None else BrokerConfig()
+    overrides: dict[str, Any] = {"name": name, "data_dir": data_dir, "anonymous": anonymous, "listen": listen or None}
+    chosen = make_config(loaded, **{key: value for key, value in overrides.items() if value is not None})
+    if users:
+        chosen = replace(chosen, users={**chosen.users, **dict(map(_user, users))})
+    if not chosen.listen:
+        chosen = make_config(chosen, listen=[DEFAULT_URL])
+    trio.run(_serve, chosen)
+
+
+def _user(text: str) -> tuple[str, str]:
+    name, colon, password = text.partition(":")
+    if not colon or not name:
+        raise click.BadParameter("--user must look like NAME:PASSWORD")
+    return name, hash_password(password)
+
+
+async def _serve(config: BrokerConfig) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with open_broker(config) as broker:
+            for url in broker.listeners:
+                print(f"listening {url}", flush=True)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_print_roles, broker)
+                async for number in signals:
+                    logging.getLogger("pybroker").info("%s: stopping", signal.Signals(number).name)
+                    break
+                nursery.cancel_scope.cancel()
+
+
+async def _print_roles(broker: Broker) -> None:
+    async for role, epoch in broker.roles():
+        print(f"role {role} epoch {epoch}", flush=True)
+
+
+@cli.command()
+@click.argument("destination")
+@click.argument("body", required=False)
+@click.option("--url", default=DEFAULT_URL, show_default=True)
+@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE")
+@click.option("--count", default=1, show_default=True, help="How often to send it.")
+@click.option("--transient", is_flag=True, help="Not durable.")
+@click.option("--user", metavar="NAME:PASSWORD")
+@click.option("--ca", type=click.Path(exists=True, path_type=Path), help="Authorities for stomp+ssl (PEM).")
+def send(
+    destination: str,
+    body: str | None,
+    url: str,
+    headers: tuple[str, ...],
+    count: int,
+    transient: bool,
+    user: str | None,
+    ca: Path | None,
+) -> None:
+    """Send BODY (or standard input) to DESTINATION, and wait until it is confirmed."""
+    data = sys.stdin.buffer.read() if body is None else body.encode()
+    lines = [(name, value) for name, _, value in (header.partition(":") for header in headers)]
+    if transient:
+        lines.append(("persistent", "false"))
+
+    async def run() -> None:
+        async with connect_stomp(url, _login(user), ca) as client:
+            for _ in range(count):
+                await client.send(destination, data, lines)
+            await client.disconnect()
+
+    trio.run(run)
+
+
+@cli.command()
+@click.argument("destination")
+@click.option("--url", default=DEFAULT_URL, show_default=True)
+@click.option("--count", default=1, show_default=True, help="Messages to wait for; 0 = until interrupted.")
+@click.option("--timeout", type=float, help="Seconds to wait for each message; then the exit status is 1.")
+@click.option("--show-headers", is_flag=True, help="One line of JSON a message instead of its body.")
+@click.option("--user", metavar="NAME:PASSWORD")
+@click.option("--ca", type=click.Path(exists=True, path_type=Path), help="Authorities for stomp+ssl (PEM).")
+def receive(
+    destination: str, url: str, count: int, timeout: float | None, show_headers: bool, user: str | None, ca: Path | None
+) -> None:
+    """Receive from DESTINATION, write each body and a line feed to standard output, and acknowledge it after that."""
+
+    async def run() -> None:
+        async with connect_stomp(url, _login(user), ca) as client:
+            await client.subscribe(destination, "client-individual", 1)
+            received = 0
+            while not count or received < count:
+                with trio.move_on_after(timeout if timeout is not None else float("inf")) as scope:
+                    message = await client.receive()
+                if scope.cancelled_caught:
+                    print(f"no message within {timeout:g} s", file=sys.stderr)
+                    sys.exit(1)
+                if show_headers:
+                    shown = {"headers": message.headers, "body": message.body.decode("utf-8", "replace")}
+                    print(json.dumps(shown), flush=True)
+                else:
+                    sys.stdout.buffer.write(message.body + b"\n")
+                    sys.stdout.buffer.flush()
+                await client.ack(message)
+                received += 1
+            await client.disconnect()
+
+    trio.run(run)
+
+
+def _login(user: str | None) -> tuple[str, str] | None:
+    if user is None:
+        return None
+    name, _, password = user.partition(":")
+    return name, password
+
+
+@cli.command()
+@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path), help="The broker's data directory.")
+@click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
+def status(data_dir: Path, as_json: bool) -> None:
+    """Show what the broker that runs on a data directory has."""
+    answer = ask(data_dir, "status")
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    console = Console()
+    for key in ("name", "role", "epoch", "lsn", "connections", "memory_bytes", "stored_bytes", "spooled_bytes"):
+        console.print(f"{key}: {answer[key]}", highlight=False)
+    for url in answer["listeners"]:
+        console.print(f"listener: {url}", highlight=False)
+    if answer["full"]:
+        console.print(f"[red]full: {answer['full']}")
+    columns = ("kind", "name", "depth", "outstanding", "consumers", "enqueued", "acknowledged", "redelivered")
+    table = Table(*columns, "dead-lettered", "expired", "corrupt")
+    for row in sorted(answer["destinations"], key=lambda row: (row["kind"], row["name"])):
+        name = f"{row['name']} ({row['subscription']})" if row["subscription"] else row["name"]
+        shown = [row["kind"], name] + [str(row[key]) for key in columns[2:]]
+        table.add_row(*shown, str(row["dead_lettered"]), str(row["expired"]), str(row["corrupt"]))
+    console.print(table)
+
+
+@cli.command("hash-password")
+@click.option("--password", prompt=True, hide_input=True, confirmation_prompt=True)
+def hash_password_command(password: str) -> None:
+    """Make the hash of a password for the configuration's users."""
+    print(hash_password(password))
+
+
+@cli.group()
+def store() -> None:
+    """Look after a store that no broker has open."""
+
+
+@store.command("verify")
+@click.argument("directory", type=click.Path(path_type=Path))
+def store_verify(directory: Path) -> None:
+    """Check every key and value of the store in DIRECTORY. The exit status is 1 when something is wrong."""
+    _show_report(verify(directory, _progress("checked")))
+
+
+@store.command("salvage")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("new_directory", type=click.Path(path_type=Path))
+def store_salvage(directory: Path, new_directory: Path) -> None:
+    """Copy what is whole in DIRECTORY to NEW_DIRECTORY. The exit status is 1 when something was left behind."""
+    _show_report(salvage(directory, new_directory, _progress("read")))
+
+
+def _progress(verb: str) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    return lambda keys: print(f"\r{keys:,} keys {verb}", end="", file=sys.stderr, flush=True)
+
+
+def _show_report(report: Report) -> None:
+    console = Console(soft_wrap=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    console.print(f"store {report.store_id or '(unknown)'} at {report.path}", highlight=False)
+    console.print(
+        f"started {report.starts} times, position {report.position}, {report.keys:,} keys, {report.bytes:,} bytes",
+        highlight=False,
+    )
+    table = Table("kind", "name", "messages", "bytes", "found", "found bytes")
+    for row in report.queues:
+        name = f"{row.name} ({row.client_id}/{row.subscription})" if row.subscription else row.name
+        table.add_row(row.kind, name, *(f"{n:,}" for n in (row.count, row.size, row.found_count, row.found_size)))
+    console.print(table)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", style="red", highlight=False)
+    if report.problem_count > len(report.problems):
+        console.print(f"... and {report.problem_count - len(report.problems):,} more", style="red")
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+    if report.new_path is not None:
+        console.print(f"new data directory: {report.new_path}", highlight=False)
+    console.print("nothing is wrong" if report.ok else f"{report.problem_count:,} problems", highlight=False)
+    if not report.ok:
+        sys.exit(1)
+
+
+def main() -> None:
+    """The entry point: an error of ours is one line on stderr and exit status 1."""
+    try:
+        cli(prog_name="pybroker")
+    except* BrokerError as group:
+        sys.exit(f"pybroker: {single(group)}")

@@ -1,0 +1,585 @@
+"""The client in process: no socket, no copy. Owns the face of sending, receiving and transactions for trio programs.
+
+Everything goes through the same core and the same checks as over the wire. Cancellation at any await loses nothing: what was
+sent may be stored, what was received and not acknowledged is delivered again. Use it from the broker's own event loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from pybroker.core.broker import Core
+from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
+from pybroker.core.entry import SENT, Entry
+from pybroker.engine import Engine
+from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, SendInDoubt, SubscriptionError
+from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
+
+Headers = Mapping[str, str] | Iterable[tuple[str, str]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What a send was confirmed as. `durable`: the store has it (in a topic, for the durable subscriptions)."""
+
+    message_id: str
+    durable: bool
+
+
+class _Waiter:
+    """One caller who waits until everything emitted before is committed."""
+
+    __slots__ = ("error", "event")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.error: BrokerError | None = None
+
+    async def wait(self) -> None:
+        await self.event.wait()
+        if self.error is not None:
+            raise self.error
+
+
+def make_message(
+    destination: str, body: bytes, headers: Headers, durable: bool, priority: int, expires: int
+) -> Message:
+    """A message as the core takes it. Raises InvalidMessage for what is not bytes, text or in range."""
+    if not isinstance(body, bytes):
+        if not isinstance(body, bytearray | memoryview):
+            raise InvalidMessage(f"a body must be bytes, not {type(body).__name__}: encode text first")
+        body = bytes(body)
+    if expires < 0:
+        raise InvalidMessage(f"expires must be milliseconds since the Unix epoch, or 0 for never, not {expires}")
+    block = encode_headers(headers) if headers else b""
+    return Message(destination, body, block, durable, priority, expires)
+
+
+class ReceivedMessage:
+    """A message that was delivered, and the means to settle it."""
+
+    __slots__ = ("_entry", "_subscription", "_tag")
+
+    def __init__(self, subscription: Subscription, entry: Entry) -> None:
+        self._subscription = subscription
+        self._entry = entry
+        self._tag = entry.tag
+
+    @property
+    def body(self) -> bytes:
+        return self._entry.message.body
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """The sender's headers in order, repeats included."""
+        return self._entry.message.headers
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, or None."""
+        return self._entry.message.header(name)
+
+    @property
+    def destination(self) -> str:
+        return self._entry.message.destination
+
+    @property
+    def message_id(self) -> str:
+        """The same on every redelivery."""
+        return self._entry.message.message_id.decode()
+
+    @property
+    def priority(self) -> int:
+        return self._entry.message.priority
+
+    @property
+    def durable(self) -> bool:
+        return self._entry.message.durable
+
+    @property
+    def expires(self) -> int:
+        """Milliseconds since the Unix epoch, 0 = never."""
+        return self._entry.message.expires
+
+    @property
+    def timestamp(self) -> int:
+        """When the broker accepted it, milliseconds since the Unix epoch."""
+        return self._entry.message.timestamp
+
+    @property
+    def deliveries(self) -> int:
+        """Deliveries of it before this one that ended without an acknowledgement."""
+        return self._entry.deliveries
+
+    @property
+    def redelivered(self) -> bool:
+        return self._entry.deliveries > 0
+
+    async def ack(self) -> None:
+        """Acknowledge; returns when that is committed. Raises UnknownDelivery when it was settled before."""
+        await self._subscription.ack([self])
+
+    async def nack(self) -> None:
+        """Give it back: it is delivered again, or goes to the dead letters after the last try."""
+        await self._subscription.nack([self])
+
+    def __repr__(self) -> str:
+        return f"<ReceivedMessage {self.message_id} from {self.destination}, {len(self.body)} bytes>"
+
+
+class Client:
+    """A connection to the broker of this process. Made by `Broker.connect`; used as an async context manager.
+
+    Leaving it aborts open transactions and returns what was not acknowledged.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], client_id: str = "") -> None:
+        self._find_engine = engine
+        self._client_id = client_id
+        self._engine: Engine | None = None
+        self._connection: Connection | None = None
+        self._waiting: set[_Waiter] = set()
+        self._publishers: set[Publisher] = set()
+        self._transactions = 0
+        self._error: BrokerError | None = None
+        self.touched = False
+
+    async def __aenter__(self) -> Client:
+        if self._connection is not None:
+            raise BrokerError("this client is connected already: make another one with broker.connect()")
+        self._engine = self._find_engine()
+        self._connection = self._engine.begin_turn().connect(self, self._client_id)
+        await trio.lowlevel.checkpoint()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close(BrokerClosed("the client is closed"))
+
+    def _close(self, error: BrokerError) -> None:
+        if self._error is None:
+            self._error = error
+            if self._engine is not None and self._engine.error is None and self._connection is not None:
+                self._engine.begin_turn().disconnect(self._connection)
+                self._engine.end_turn()
+
+    # ---- sending
+
+    async def send(
+        self,
+        destination: str,
+        body: bytes,
+        headers: Headers = None,
+        *,
+        durable: bool = True,
+        priority: int = PRIORITY_DEFAULT,
+        expires: int = 0,
+    ) -> Confirmation:
+        """Send one message; returns when it is as safe as asked (durable: on disk).
+
+        `priority` is 0 to 9, `expires` milliseconds since the Unix epoch (0 = never). Raises InvalidDestination,
+        InvalidMessage, BrokerFull (refused: not stored), SendInDoubt (nobody knows), BrokerClosed.
+        """
+        message = make_message(destination, body, headers, durable, priority, expires)
+        await self._wait_room(message)
+        core = self._begin_turn()
+        stored = core.send(message)
+        await self._committed(core)
+        return Confirmation(message.message_id.decode(), stored)
+
+    @asynccontextmanager
+    async def publisher(self, max_in_flight: int = 1_000) -> AsyncIterator[Publisher]:
+        """Pipelined sending: up to `max_in_flight` sends wait for their confirmation at a time.
+
+        Leaving the block waits until every send is confirmed. Raises SendInDoubt with how many were not.
+        """
+        publisher = Publisher(self, max_in_flight)
+        self._publishers.add(publisher)
+        try:
+            yield publisher
+            await publisher.wait_confirmed()
+        finally:
+            self._publishers.discard(publisher)
+
+    # ---- receiving
+
+    def subscribe(
+        self,
+        destination: str,
+        *,
+        ack: str = "individual",
+        prefetch: int | None = None,
+        durable_name: str | None = None,
+    ) -> Subscription:
+        """A subscription, to be used as an async context manager and then iterated.
+
+        ack            ``"auto"``: acknowledged when handed to you; ``"cumulative"``: an ack is for all up to it;
+                       ``"individual"``: each on its own
+        prefetch       messages that may be with you unacknowledged
+        durable_name   makes a durable subscription of a topic, which collects while you are away (needs a client id)
+        """
+        return Subscription(self, destination, ack, prefetch, durable_name)
+
+    async def remove_subscription(self, durable_name: str) -> None:
+        """Delete a durable subscription of this client id, and what it has collected."""
+        core = self._begin_turn()
+        core.remove_subscription(self._client_id, durable_name)
+        await self._committed(core)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[ClientTransaction]:
+        """Sends and acknowledgements that happen together: committed at the end of the block, aborted by an exception.
+
+        Acknowledged messages of an aborted transaction are delivered again. Cancelled while it waits for the commit, the
+        transaction may be committed or not, but never in part.
+        """
+        self._transactions += 1
+        name = f"client-{self._transactions}"
+        core = self._begin_turn()
+        core.begin(self._running_connection, name)
+        try:
+            yield ClientTransaction(self, name)
+        except BaseException:
+            if self._error is None and self._running.error is None:
+                core = self._begin_turn()
+                core.abort(self._running_connection, name)
+                self._running.end_turn()
+            raise
+        core = self._begin_turn()
+        core.commit(self._running_connection, name)
+        await self._committed(core)
+
+    # ---- the engine's side
+
+    @property
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise BrokerClosed("the client is not connected: use `async with broker.connect() as client`")
+        return self._engine
+
+    @property
+    def _running_connection(self) -> Connection:
+        assert self._connection is not None
+        return self._connection
+
+    def _begin_turn(self) -> Core:
+        if self._error is not None:
+            raise self._error
+        return self._running.begin_turn()
+
+    async def _wait_room(self, message: Message) -> None:
+        engine = self._running
+        if engine.batch_full:
+            await engine.journal.wait_room(engine.config.limits.batch_bytes_max)
+        if engine.core.full(message) is not None:
+            await engine.wait_room(message)
+
+    async def _committed(self, core: Core) -> None:
+        """End the turn, and wait until what it emitted is committed."""
+        waiter = _Waiter()
+        self._waiting.add(waiter)
+        core.confirm((self, waiter))
+        self._running.end_turn()
+        try:
+            await waiter.wait()
+        finally:
+            self._waiting.discard(waiter)
+
+    def deliver(self, consumer: Consumer, entry: Entry) -> None:
+        """Engine: a delivery."""
+        consumer.context.take(entry)
+
+    def confirm(self, token: _Waiter) -> None:
+        """Engine: everything before is committed."""
+        token.event.set()
+
+    def flush(self) -> None:
+        """Engine: the turn is over."""
+
+    def fail(self, error: BrokerError) -> None:
+        """Engine: the journal failed; nothing in flight will ever be confirmed."""
+        self._error = error
+        doubt = SendInDoubt(
+            f"{error}; what was in flight may be stored or not: send it again where a repeat does no harm"
+        )
+        for waiter in self._waiting:
+            waiter.error = doubt
+            waiter.event.set()
+        for publisher in self._publishers:
+            publisher.fail(doubt)
+        for consumer in list(self._running_connection.consumers):
+            consumer.context.fail(error)
+
+    def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None:
+        """Engine: one subscription is closed by the broker."""
+        self._running.core.unsubscribe(consumer)
+        consumer.context.fail(error)
+
+
+class Publisher:
+    """Sends in flight. Made by `Client.publisher`."""
+
+    def __init__(self, client: Client, max_in_flight: int) -> None:
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
+        self._client = client
+        self._max = max_in_flight
+        self._changed = trio.Event()
+        self._error: BrokerError | None = None
+        self.in_flight = 0  # sends that are not confirmed
+        self.confirmed = 0
+        self.touched = False
+
+    async def send(
+        self,
+        destination: str,
+        body: bytes,
+        headers: Headers = None,
+        *,
+        durable: bool = True,
+        priority: int = PRIORITY_DEFAULT,
+        expires: int = 0,
+    ) -> str:
+        """Send; waits only for room, and returns the message id. The confirmation comes later (`wait_confirmed`)."""
+        message = make_message(destination, body, headers, durable, priority, expires)
+        await self._wait_below(self._max)
+        await self._client._wait_room(message)
+        core = self._client._begin_turn()
+        core.send(message)
+        self._sent(core, 1)
+        return message.message_id.decode()
+
+    async def send_many(self, messages: Sequence[tuple[Any, ...]], *, durable: bool = True) -> None:
+        """Send a list of ``(destination, body)`` or ``(destination, body, headers)``, in order.
+
+        A wrong one raises, and those before it are sent. Much cheaper for each than `send`.
+        """
+        made = [
+            make_message(item[0], item[1], item[2] if len(item) > 2 else None, durable, PRIORITY_DEFAULT, 0)
+            for item in messages
+        ]
+        at = 0
+        engine = self._client._running
+        while at < len(made):
+            await self._wait_below(self._max)
+            await self._client._wait_room(made[at])
+            core = self._client._begin_turn()
+            stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
+            start = at
+            try:
+                while at < stop:
+                    if at > start and core.full(made[at]) is not None:
+                        break
+                    core.send(made[at])
+                    at += 1
+            finally:
+                self._sent(core, at - start)
+
+    def _sent(self, core: Core, count: int) -> None:
+        self.in_flight += count
+        core.confirm((self, count))
+        self._client._running.end_turn()
+
+    async def _wait_below(self, count: int) -> None:
+        await trio.lowlevel.checkpoint()
+        while self._error is None and self.in_flight >= count:
+            await self._changed.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def wait_confirmed(self) -> None:
+        """Wait until every send so far is confirmed. Raises SendInDoubt when some never will be."""
+        await self._wait_below(1)
+
+    def confirm(self, count: int) -> None:
+        """Engine: so many are committed."""
+        self.in_flight -= count
+        self.confirmed += count
+
+    def flush(self) -> None:
+        """Engine: the turn is over."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def fail(self, error: BrokerError) -> None:
+        """Client: the journal failed."""
+        if self.in_flight:
+            error = SendInDoubt(f"{self.in_flight} sends were not confirmed: {error}")
+        self._error = error
+        self._changed.set()
+
+
+class ClientTransaction:
+    """The inside of `Client.transaction`."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self._client = client
+        self._name = name
+
+    async def send(
+        self,
+        destination: str,
+        body: bytes,
+        headers: Headers = None,
+        *,
+        durable: bool = True,
+        priority: int = PRIORITY_DEFAULT,
+        expires: int = 0,
+    ) -> None:
+        """Send when the transaction is committed."""
+        message = make_message(destination, body, headers, durable, priority, expires)
+        await self._client._wait_room(message)
+        core = self._client._begin_turn()
+        core.send_later(self._client._running_connection, message, self._name)
+        await trio.lowlevel.checkpoint()
+
+    async def ack(self, message: ReceivedMessage) -> None:
+        """Acknowledge when the transaction is committed."""
+        core = self._client._begin_turn()
+        core.acknowledge(message._subscription._running, message._tag, self._name)
+        self._client._running.end_turn()
+        await trio.lowlevel.checkpoint()
+
+    async def nack(self, message: ReceivedMessage) -> None:
+        """Give back when the transaction is committed."""
+        core = self._client._begin_turn()
+        core.reject(message._subscription._running, message._tag, self._name)
+        self._client._running.end_turn()
+        await trio.lowlevel.checkpoint()
+
+
+class Subscription:
+    """Messages of one destination. Used as an async context manager; leaving it returns what was not acknowledged."""
+
+    def __init__(
+        self, client: Client, destination: str, ack: str, prefetch: int | None, durable_name: str | None
+    ) -> None:
+        self.destination = destination
+        self._client = client
+        self._ack_mode = ack
+        self._prefetch = prefetch
+        self._durable_name = durable_name
+        self._consumer: Consumer | None = None
+        self._buffer: deque[Entry] = deque()
+        self._arrived = trio.Event()
+        self._error: BrokerError | None = None
+
+    async def __aenter__(self) -> Subscription:
+        if self._consumer is not None:
+            raise SubscriptionError("this subscription was entered before: make another one")
+        core = self._client._begin_turn()
+        consumer = core.subscribe(
+            self._client._running_connection,
+            self.destination,
+            self._ack_mode,
+            prefetch=self._prefetch,
+            durable_name=self._durable_name,
+            context=self,
+        )
+        self._consumer = consumer
+        try:
+            await self._client._committed(core)  # a durable subscription is there when this returns
+        except BaseException:
+            self._leave()
+            raise
+        core = self._client._begin_turn()
+        core.start(consumer)
+        self._client._running.end_turn()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        client = self._client
+        if self._error is None:
+            self._error = SubscriptionError("the subscription is closed")
+            if client._error is None and client._running.error is None:
+                client._begin_turn().unsubscribe(self._running)
+                client._running.end_turn()
+        self._buffer.clear()
+        self._arrived.set()
+
+    @property
+    def _running(self) -> Consumer:
+        if self._consumer is None:
+            raise SubscriptionError("the subscription is not open: use `async with client.subscribe(...)`")
+        return self._consumer
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> ReceivedMessage:
+        return await self.receive()
+
+    async def receive(self) -> ReceivedMessage:
+        """The next message; waits for it. Raises what ended the subscription."""
+        return (await self.receive_batch(1))[0]
+
+    async def receive_batch(self, count_max: int) -> list[ReceivedMessage]:
+        """What has arrived, at least one message and at most `count_max`, in order; waits for the first."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            buffer = self._buffer
+            entries: list[Entry] = []
+            while buffer and len(entries) < count_max:
+                entry = buffer.popleft()
+                if entry.state == SENT:
+                    entries.append(entry)
+            if entries:
+                break
+            if self._error is not None:
+                raise self._error
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        received = [ReceivedMessage(self, entry) for entry in entries]
+        if self._ack_mode == AUTO:
+            # Nothing is awaited after this: the caller has them.
+            self._client._begin_turn().taken(entries)
+            self._client._running.end_turn()
+        return received
+
+    async def ack(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Acknowledge messages of this subscription (cumulative: the last one is enough); returns when that is committed.
+
+        Raises UnknownDelivery for one that was settled before; those in front of it are acknowledged.
+        """
+        core = self._client._begin_turn()
+        consumer = self._running
+        if self._ack_mode == CUMULATIVE:
+            messages = messages[-1:]
+        try:
+            for message in messages:
+                core.acknowledge(consumer, message._tag)
+        except BrokerError:
+            self._client._running.end_turn()
+            raise
+        await self._client._committed(core)
+
+    async def nack(self, messages: Sequence[ReceivedMessage]) -> None:
+        """Give messages back; returns when that is committed."""
+        core = self._client._begin_turn()
+        try:
+            for message in messages:
+                core.reject(self._running, message._tag)
+        except BrokerError:
+            self._client._running.end_turn()
+            raise
+        await self._client._committed(core)
+
+    def take(self, entry: Entry) -> None:
+        """Client: a delivery."""
+        self._buffer.append(entry)
+        self._arrived.set()
+
+    def fail(self, error: BrokerError) -> None:
+        """Client: the broker ended it."""
+        self._error = error
+        self._arrived.set()

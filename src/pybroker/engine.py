@@ -1,0 +1,275 @@
+"""The engine: drives the core, commits what it emits, and moves deliveries to the sinks. Owns no rule of messaging.
+
+A *turn* is a number of calls on `core` without an await between them, then `end_turn`. DESIGN.md section 3. What is held
+with a batch is released by the journal; a failed journal ends the engine (fail-stop), and its owner makes a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from pybroker.config import BrokerConfig
+from pybroker.core.broker import Core
+from pybroker.core.consumer import Consumer
+from pybroker.core.entry import HELD, SENT, Entry
+from pybroker.core.reads import DueRequest, PageRequest
+from pybroker.errors import BrokerClosed, BrokerError, BrokerFull
+from pybroker.journal import Committer, Journal, LocalCommitter
+from pybroker.message import Message
+from pybroker.operations import DueEntry
+from pybroker.spool import Spool
+from pybroker.store.pages import Page
+from pybroker.store.store import Store
+
+log = logging.getLogger("pybroker.engine")
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
+class Sink(Protocol):
+    """Where a connection's deliveries and confirmations go. No method blocks or raises."""
+
+    touched: bool  # the engine will call `flush` at the end of the turn
+
+    def deliver(self, consumer: Consumer, entry: Entry) -> None:
+        """Take one delivery."""
+
+    def confirm(self, token: Any) -> None:
+        """Everything emitted before this token is committed."""
+
+    def flush(self) -> None:
+        """The turn is over: start moving what was taken."""
+
+    def fail(self, error: BrokerError) -> None:
+        """End the connection, and tell its owner why."""
+
+    def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None:
+        """End one subscription (a network connection ends whole), and tell its owner why."""
+
+
+class Engine:
+    """One life of an open store."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        store: Store,
+        spool: Spool,
+        *,
+        committer: Committer | None = None,
+        clock_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.clock_ms = clock_ms
+        self.core = Core(
+            config.limits,
+            config.delivery,
+            incarnation=store.starts,
+            id_prefix=f"{store.store_id}-{store.starts:x}-",
+            records=store.records,
+            now=clock_ms(),
+        )
+        self.journal = Journal(
+            store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write
+        )
+        self.error: BrokerError | None = None  # why it can't be used any more
+        self._spool = spool
+        self._reader = trio.CapacityLimiter(1)
+        self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest](float("inf"))
+        self._touched: list[Sink] = []
+        self._room = trio.Event()
+        self._room_wanted = False
+
+    # ---- turns
+
+    def begin_turn(self) -> Core:
+        """The core, with its time set. Raises what ended the engine."""
+        if self.error is not None:
+            raise self.error
+        self.core.now = self.clock_ms()
+        return self.core
+
+    def end_turn(self) -> None:
+        """Hand on what the core emitted since the last turn."""
+        core = self.core
+        if core.instant:
+            instant, core.instant = core.instant, []
+            for entry in instant:
+                if entry.state == SENT:
+                    consumer = entry.consumer
+                    assert consumer is not None
+                    self._deliver(consumer, entry)
+        if core.operations or core.held or core.spool_operations:
+            operations, core.operations = core.operations, []
+            held, core.held = core.held, []
+            spool, core.spool_operations = core.spool_operations, []
+            self.journal.add(operations, held, spool)
+        if core.closing:
+            closing, core.closing = core.closing, []
+            for consumer, error in closing:
+                consumer.sink.fail_consumer(consumer, error)
+        if self._touched:
+            self._flush()
+        if core.freed:
+            core.freed = False
+            if self._room_wanted:
+                self._room_wanted = False
+                self._room.set()
+                self._room = trio.Event()
+
+    def _deliver(self, consumer: Consumer, entry: Entry) -> None:
+        sink: Sink = consumer.sink
+        if not sink.touched:
+            sink.touched = True
+            self._touched.append(sink)
+        sink.deliver(consumer, entry)
+
+    def _flush(self) -> None:
+        touched, self._touched = self._touched, []
+        for sink in touched:
+            sink.touched = False
+            sink.flush()
+
+    def _release(self, effects: list[Any]) -> None:
+        for effect in effects:
+            kind = effect.__class__
+            if kind is Entry:
+                if effect.state == HELD:
+                    effect.state = SENT
+                    consumer = effect.consumer
+                    consumer.holding -= 1
+                    self._deliver(consumer, effect)
+            elif kind is tuple:
+                sink, token = effect
+                if not sink.touched:
+                    sink.touched = True
+                    self._touched.append(sink)
+                sink.confirm(token)
+            else:
+                self._reads_send.send_nowait(effect)
+        if self._touched:
+            self._flush()
+
+    # ---- flow control
+
+    async def wait_room(self, message: Message) -> None:
+        """Wait until there is room for the message. Raises BrokerFull by policy, or when the time for it is over."""
+        limits = self.config.limits
+        error = self.core.full(message)
+        if error is None:
+            return
+        if limits.full_policy == "refuse":
+            raise error
+        with trio.move_on_after(limits.full_timeout):
+            while self.error is None:
+                self._room_wanted = True
+                await self._room.wait()
+                if self.core.full(message) is None:
+                    return
+        if self.error is not None:
+            raise self.error
+        raise BrokerFull(f"{error} (waited {limits.full_timeout:g} s, limits.full_timeout)")
+
+    @property
+    def batch_full(self) -> bool:
+        """Whether producers should wait for the journal (`journal.wait_room`)."""
+        return self.journal.open_bytes >= self.config.limits.batch_bytes_max
+
+    # ---- tasks
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until `close`; return when everything is committed. Raises what made the journal or the store fail."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run_reads)
+                nursery.start_soon(self._run_sweeps)
+                self.end_turn()  # what restoring the core has emitted
+                task_status.started()
+                await self.journal.run()
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            self.error = self.error or BrokerClosed("the store has failed, or the broker was cancelled")
+            raise
+        finally:
+            self.error = self.error or BrokerClosed("the broker has stopped")
+            self._room.set()
+
+    def fail(self, error: BrokerError) -> None:
+        """The store can't be trusted any more: end every connection; nothing further is confirmed."""
+        self.error = error
+        self._room.set()
+        for connection in list(self.core.connections):
+            connection.sink.fail(error)
+
+    async def _run_reads(self) -> None:
+        async for request in self._reads:
+            if isinstance(request, PageRequest):
+                await self._read_page(request)
+            else:
+                await self._read_due(request)
+            self.end_turn()
+
+    async def _read_page(self, request: PageRequest) -> None:
+        queue = request.queue
+        spooled = self.core.spooled > 0
+
+        def read() -> tuple[Page, Page | None]:
+            what = (queue.queue_id, request.start, request.count_max, request.size_max)
+            return self.store.read_page(*what), self._spool.read_page(*what) if spooled else None
+
+        stored, transient = await self._in_reader(read)
+        bounds = [page.next_order for page in (stored, transient) if page is not None and page.next_order is not None]
+        for record in stored.corrupt:
+            log.error("queue %s: %s; it stays in the store and is not delivered", queue.name, record)
+        self.begin_turn().page_loaded(
+            request,
+            stored.entries,
+            transient.entries if transient is not None else [],
+            min(bounds, default=None),
+            len(stored.corrupt),
+        )
+
+    async def _read_due(self, request: DueRequest) -> None:
+        spooled = self.core.spooled > 0
+
+        def read() -> tuple[list[DueEntry], list[DueEntry]]:
+            what = (request.now, request.count_max, request.after)
+            return self.store.read_due(*what), self._spool.read_due(*what) if spooled else []
+
+        stored, transient = await self._in_reader(read)
+        self.begin_turn().due_loaded(request, stored, transient)
+
+    async def _in_reader(self, read: Callable[[], Any]) -> Any:
+        if self.store.backend.blocking:
+            return await trio.to_thread.run_sync(read, limiter=self._reader)
+        await trio.lowlevel.checkpoint()
+        return read()
+
+    async def _run_sweeps(self) -> None:
+        while True:
+            await trio.sleep(self.config.delivery.expiry_interval)
+            core = self.begin_turn()
+            core.disk_full = self._disk_full(self.config.data_dir)
+            core.freed = core.freed or not core.disk_full
+            core.sweep()
+            self.end_turn()
+
+    def _disk_full(self, data_dir: Path | None) -> str:
+        limit = self.config.limits.disk_free_bytes_min
+        if data_dir is None or not limit:
+            return ""
+        free = shutil.disk_usage(data_dir).free
+        if free >= limit:
+            return ""
+        return f"the disk of {data_dir} has {free} bytes left: limit limits.disk_free_bytes_min is {limit}; make room on it"

@@ -1,0 +1,181 @@
+"""Listeners: accepts connections and looks after them. Owns sockets, TLS hand-shakes, the connection limit and heart-beats."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import ssl
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from pybroker.config import BrokerConfig
+from pybroker.engine import Engine
+from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, LimitExceeded
+from pybroker.listeners import ListenerConfig, check_exposure, make_ssl_context, parse_listener
+from pybroker.protocols.stomp_headers import encode_frame
+from pybroker.protocols.stomp_send import HeaderMemo
+from pybroker.stomp_server import StompConnection
+from pybroker.users import Users
+
+log = logging.getLogger("pybroker.server")
+
+LOGINS_AT_A_TIME = 2  # password checks that run at once; each takes a thread tens of milliseconds
+
+
+class Server:
+    """All listeners of one broker. `find_engine` gives the engine that runs now; raises while there is none."""
+
+    def __init__(self, config: BrokerConfig, find_engine: Callable[[], Engine], software: str) -> None:
+        self.config = config
+        self.software = software  # the name in CONNECTED
+        self.memo = HeaderMemo()
+        self.beating: set[StompConnection] = set()
+        self.urls: tuple[str, ...] = ()
+        self.refused = 0  # connections beyond the limit
+        self._find_engine = find_engine
+        self._users = Users(config.users)
+        self._connections: set[StompConnection] = set()
+        self._accepted = 0
+        self._open = 0
+        self._logins = trio.CapacityLimiter(LOGINS_AT_A_TIME)
+        self._bound: list[tuple[ListenerConfig, ssl.SSLContext | None, list[trio.SocketListener]]] = []
+        self._accepting = trio.CancelScope()
+        self._empty = trio.Event()
+
+    @property
+    def connections(self) -> int:
+        return self._open
+
+    async def bind(self) -> None:
+        """Open all listeners. Raises ConfigurationError; then none is left open."""
+        try:
+            for url in self.config.listen:
+                listener = parse_listener(url)
+                check_exposure(listener, self.config.anonymous)
+                context = make_ssl_context(listener)
+                try:
+                    sockets = await trio.open_tcp_listeners(listener.port, host=listener.host)
+                except OSError as error:
+                    reason = error.strerror or error.__cause__ or error
+                    raise ConfigurationError(f"listener {listener.url} can't be opened: {reason}") from None
+                if listener.port == 0:  # a name may have several addresses, and each would get a port of its own
+                    for extra in sockets[1:]:
+                        await extra.aclose()
+                    del sockets[1:]
+                self._bound.append((listener, context, sockets))
+        except BaseException:
+            await self._unbind()
+            raise
+        self.urls = tuple(
+            listener.address_url(sockets[0].socket.getsockname()[1]) for listener, _, sockets in self._bound
+        )
+
+    async def _unbind(self) -> None:
+        with trio.CancelScope(shield=True):
+            for _, _, sockets in self._bound:
+                for each in sockets:
+                    await each.aclose()
+        self._bound.clear()
+
+    async def run(self) -> None:
+        """Accept and serve until cancelled, or until `stop_accepting` and the last connection's end."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_heartbeats)
+            async with trio.open_nursery() as connections:
+                with self._accepting:
+                    async with trio.open_nursery() as accepting:
+                        for listener, context, sockets in self._bound:
+                            handler = partial(self._serve, listener, context)
+                            accepting.start_soon(
+                                partial(trio.serve_listeners, handler, sockets, handler_nursery=connections)
+                            )
+                        await trio.sleep_forever()
+            nursery.cancel_scope.cancel()
+
+    async def stop_accepting(self) -> None:
+        """Close the listeners."""
+        self._accepting.cancel()
+        await self._unbind()
+
+    def close_connections(self, error: BrokerError) -> None:
+        """End all connections in good order: what was taken is committed and confirmed first."""
+        for connection in list(self._connections):
+            connection.close(error)
+
+    async def wait_closed(self) -> None:
+        """Wait until there is no connection."""
+        while self._open:
+            self._empty = trio.Event()
+            await self._empty.wait()
+
+    async def authenticate(self, login: str | None, passcode: str | None, anonymous: bool) -> None:
+        """Check a login. Raises AuthenticationFailed."""
+        check = partial(self._users.authenticate, login, passcode, anonymous=anonymous)
+        if self.config.users and (login or passcode):
+            await trio.to_thread.run_sync(check, limiter=self._logins)
+        else:
+            check()
+
+    async def _serve(self, listener: ListenerConfig, context: ssl.SSLContext | None, stream: trio.SocketStream) -> None:
+        self._open += 1
+        try:
+            await self._serve_one(listener, context, stream)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._empty.set()
+
+    async def _serve_one(
+        self, listener: ListenerConfig, context: ssl.SSLContext | None, transport: trio.SocketStream
+    ) -> None:
+        limit = self.config.limits.connections_max
+        stream: trio.abc.Stream = transport
+        try:
+            if context is not None:
+                stream = trio.SSLStream(transport, context, server_side=True, https_compatible=True)
+                with trio.fail_after(self.config.stomp.connect_timeout):
+                    await stream.do_handshake()
+            if self._open > limit:
+                self.refused += 1
+                raise LimitExceeded("limits.connections_max", limit, "too many connections")
+            engine = self._find_engine()
+            self._accepted += 1
+            anonymous = self.config.anonymous
+            connection = StompConnection(self, engine, stream, self._accepted, anonymous)
+        except BrokerError as error:
+            await _refuse(stream, error)
+            return
+        except (trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
+            log.info("a connection to %s failed in its hand-shake: %s", listener.url, error.__cause__ or error)
+            await trio.aclose_forcefully(stream)
+            return
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self.beating.discard(connection)
+
+    async def _run_heartbeats(self) -> None:
+        if not self.config.stomp.heartbeat_min_ms:
+            return
+        pause = self.config.stomp.heartbeat_min_ms / 1000 / 4
+        while True:
+            await trio.sleep(pause)
+            now = trio.current_time()
+            for connection in list(self.beating):
+                connection.beat(now, self.config.stomp.heartbeat_tolerance)
+
+
+async def _refuse(stream: trio.abc.Stream, error: BrokerError) -> None:
+    """Say why a connection can't be served, and close it."""
+    headers = [("message", str(error)), ("code", error.code), ("content-type", "text/plain")]
+    with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.send_all(encode_frame("ERROR", headers, None, str(error).encode()))
+        await stream.aclose()
+    await trio.aclose_forcefully(stream)
+
+
+STOPPING = BrokerClosed("the broker is stopping: connect again later, or to another one")

@@ -1,0 +1,310 @@
+"""From a TOML file, a `BrokerConfig` and keyword overrides to a checked, frozen `BrokerConfig`.
+
+Owns the checks: types (strict: ``"5"`` is no number), ranges, and what one field means for another. The shape and the
+defaults belong to `pybroker.config`. Opens no file but the TOML file itself, and no socket. A value is refused with
+its path and what was expected, one line per fault; what stands in ``users`` is never repeated in a text.
+
+pydantic does the type checks. It is imported when the first configuration is made: at ``import pybroker`` it would
+add a tenth of a second to every program, also to those that only connect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, StompLimits
+from pybroker.destination import QUEUE, parse_destination
+from pybroker.errors import ConfigurationError, InvalidDestination
+from pybroker.listeners import check_exposure, parse_listener
+from pybroker.users import parse_hash
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+NESTED: dict[str, type[Any]] = {"stomp": StompLimits, "limits": Limits, "delivery": DeliveryPolicy}
+ZERO_ALLOWED = {  # a number must be above zero, except these
+    "stop_timeout",
+    "limits.store_bytes_max",
+    "limits.disk_free_bytes_min",
+    "limits.queue_messages_max",
+    "limits.full_timeout",
+}
+AT_LEAST: dict[str, float] = {
+    "stomp.heartbeat_tolerance": 1,  # below it a punctual peer would be cut off
+}
+AT_MOST: dict[str, float] = {
+    # What an index or a length of four bytes can hold. Larger ones are slips of the pen, and would be met too late.
+    "stomp.body_bytes_max": 2**31 - 1,
+    "limits.prefetch_max": 2**31 - 1,
+    "delivery.deliveries_max": 2**31 - 1,
+    "stomp.heartbeat_min_ms": 86_400_000,
+}
+ORDERED = (  # the first must not be greater than the second
+    ("limits.prefetch_default", "limits.prefetch_max"),
+    ("reopen_delay", "reopen_delay_max"),
+)
+NAME_LENGTH_MAX = 255
+SHOWN_LENGTH_MAX = 80
+
+
+def load_config(path: Path | str) -> BrokerConfig:
+    """Read a TOML file with the fields of `BrokerConfig`; relative files in it are relative to its directory.
+
+    >>> load_config("pybroker.toml")  # doctest: +SKIP
+
+    Raises `ConfigurationError` that names the file, and each field in it that is wrong, with what was expected.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: is not TOML: {error}") from None
+    _anchor(values, path.resolve().parent)
+    try:
+        return make_config(None, **values)
+    except ConfigurationError as error:
+        raise ConfigurationError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
+def make_config(config: BrokerConfig | None = None, **overrides: object) -> BrokerConfig:
+    """Check ``config`` (None: the defaults) with ``overrides`` put over it, and return the result.
+
+    An override is a field of `BrokerConfig`. ``stomp``, ``limits`` and ``delivery`` are given whole as a dataclass, or
+    as a mapping of those of their fields that change. Text does for a path, any list or tuple for a tuple.
+
+    >>> make_config(limits={"prefetch_default": 10}).limits.prefetch_default
+    10
+
+    Raises `ConfigurationError`: one line per fault, each with the field's path and what was expected.
+    """
+    if config is not None and not isinstance(config, BrokerConfig):
+        raise ConfigurationError(f"config: expected a BrokerConfig or None, got {_shown(config)}")
+    values = _as_values(config if config is not None else BrokerConfig())
+    faults: list[str] = []
+    for name, value in overrides.items():
+        if name in NESTED and isinstance(value, NESTED[name]):
+            values[name] = _as_values(value)
+        elif name in NESTED and isinstance(value, Mapping):
+            values[name] = {**values[name], **value}
+        else:
+            values[name] = value
+    built = _typed(values, faults)
+    if built is not None:
+        faults.extend(_faults(built))
+    if faults or built is None:
+        raise ConfigurationError("\n".join(faults))
+    return built
+
+
+def _anchor(values: dict[str, Any], directory: Path) -> None:
+    """Make the files that a TOML file names relative to its directory. What is wrong is left for the checks."""
+    data_dir = values.get("data_dir")
+    if isinstance(data_dir, str) and data_dir:
+        values["data_dir"] = str(directory / data_dir)
+    listen = values.get("listen")
+    if isinstance(listen, list):
+        values["listen"] = [_anchored(url, directory) for url in listen]
+
+
+def _anchored(url: object, directory: Path) -> object:
+    if not isinstance(url, str):
+        return url
+    try:
+        return parse_listener(url, directory=directory).url
+    except ConfigurationError:
+        return url
+
+
+def _as_values(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries. `dataclasses.asdict` would copy ``users``, which a mapping proxy forbids."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: _as_values(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
+# --- types and ranges of single fields ---------------------------------------------------------------------------
+
+
+@functools.cache
+def _model(parent: str | None = None) -> type[BaseModel]:
+    """A pydantic model with the fields of a configuration class, strict, with the ranges of the tables above."""
+    from pydantic import ConfigDict, create_model
+
+    kind, prefix = (NESTED[parent], parent + ".") if parent else (BrokerConfig, "")
+    hints = get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(kind)):
+        path = prefix + name
+        fields[name] = (_model(path) if path in NESTED else _annotation(path, hints[name]), ...)
+    # The models' own names never show: faults are told with the fields' paths.
+    return create_model(kind.__name__, __config__=ConfigDict(extra="forbid", strict=True), **fields)
+
+
+def _annotation(path: str, hint: Any) -> Any:
+    from typing import Annotated
+
+    from pydantic import Field
+
+    if hint is int or hint is float:
+        low, high = _range(path)
+        exclusive = low == 0 and path not in ZERO_ALLOWED
+        bounds: dict[str, Any] = {"gt": 0} if exclusive else {"ge": low}
+        return Annotated[hint, Field(le=high, allow_inf_nan=False if hint is float else None, **bounds)]
+    if hint == Path | None:
+        return Annotated[Path | None, Field(strict=False)]
+    if hint == tuple[str, ...]:
+        return Annotated[tuple[Annotated[str, Field(strict=True)], ...], Field(strict=False)]
+    if hint == Mapping[str, str]:
+        return Annotated[dict[str, str], Field(strict=True)]
+    return hint
+
+
+def _range(path: str) -> tuple[float, float | None]:
+    return AT_LEAST.get(path, 0), AT_MOST.get(path)
+
+
+def _expected(path: str) -> str:
+    """What a field takes, in words."""
+    kind: type[Any] = BrokerConfig
+    *parents, name = path.split(".")
+    for parent in parents:
+        kind = NESTED[parent]
+    hint = get_type_hints(kind)[name]
+    if hint is int or hint is float:
+        low, high = _range(path)
+        number = "a whole number" if hint is int else "a number"
+        above = f" of at least {low:g}" if low or path in ZERO_ALLOWED else " above 0"
+        return number + above + (f" and at most {high}" if high is not None else "")
+    if hint is bool:
+        return "true or false"
+    if hint is str:
+        return "text"
+    if name in NESTED:
+        return f"a table (mapping) with fields of {NESTED[name].__name__}"
+    if hint == Path | None:
+        return "a path"
+    if hint == tuple[str, ...]:
+        return "a list of texts"
+    if hint == Mapping[str, str]:
+        return "a table (mapping) of user name to password hash"
+    return "one of " + ", ".join(repr(choice) for choice in hint.__args__)
+
+
+def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
+    from pydantic import ValidationError
+
+    if isinstance(values.get("users"), Mapping):
+        values["users"] = dict(values["users"])
+    try:
+        model = _model().model_validate(values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_context=False):
+            line = _told(fault["type"], tuple(fault["loc"]), fault["input"])
+            if line not in faults:
+                faults.append(line)
+        return None
+    built: dict[str, Any] = {name: getattr(model, name) for name in type(model).model_fields}
+    for name, kind in NESTED.items():
+        nested = built[name]
+        built[name] = kind(**{field: getattr(nested, field) for field in type(nested).model_fields})
+    built["users"] = MappingProxyType(built["users"])
+    return BrokerConfig(**built)
+
+
+def _told(fault: str, location: tuple[int | str, ...], value: object) -> str:
+    """One line for one of pydantic's faults."""
+    names = tuple(str(part) for part in location)
+    if fault == "extra_forbidden":
+        parent = NESTED[names[0]] if len(names) > 1 else BrokerConfig
+        return f"{'.'.join(names)}: no field has this name{_suggestion(names[-1], parent, names[:-1])}"
+    if names[0] == "users":
+        # never the value: people write the password itself where its hash belongs
+        return f"{'.'.join(names[:2])}: expected {_expected('users') if len(names) == 1 else 'a text, a password hash'}"
+    if names[0] == "listen" and len(names) > 1:
+        return f"listen[{names[1]}]: expected text, got {_shown(value)}"
+    path = ".".join(names[:2] if names[0] in NESTED else names[:1])
+    return f"{path}: expected {_expected(path)}, got {_shown(value)}"
+
+
+def _suggestion(name: str, kind: type[Any], parents: tuple[str, ...]) -> str:
+    known = [field.name for field in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return "; did you mean " + ".".join((*parents, close[0])) + "?"
+    elsewhere = [
+        f"{parent}.{field.name}" for parent, nested in NESTED.items() for field in dataclasses.fields(nested)
+    ] + [field.name for field in dataclasses.fields(BrokerConfig)]
+    for path in elsewhere:
+        if path.rpartition(".")[2] == name:
+            return f"; did you mean {path}?"
+    return "; known are " + ", ".join(known)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH_MAX else text[: SHOWN_LENGTH_MAX - 3] + "..."
+
+
+# --- what fields mean together -----------------------------------------------------------------------------------
+
+
+def _faults(config: BrokerConfig) -> Iterator[str]:
+    if not (config.name and config.name.isprintable() and len(config.name) <= NAME_LENGTH_MAX):
+        yield f"name: expected 1 to {NAME_LENGTH_MAX} printable characters, got {_shown(config.name)}"
+    if config.data_dir is not None and not _is_file_name(config.data_dir):
+        yield f"data_dir: expected a path without a null character, got {_shown(str(config.data_dir))}"
+    for low, high in ORDERED:
+        if (low_value := _value(config, low)) > (high_value := _value(config, high)):
+            yield f"{low}: expected at most {high} ({high_value}), got {low_value}"
+    yield from _dead_letter_faults(config.delivery.dead_letter_queue)
+    for index, url in enumerate(config.listen):
+        yield from _refusals(f"listen[{index}]", functools.partial(_check_listener, url, config.anonymous))
+    for name, encoded in config.users.items():
+        if not (name and name.isprintable()):
+            yield f"users: expected printable user names of at least one character, got {_shown(name)}"
+        else:
+            yield from _refusals(f"users.{name}", functools.partial(parse_hash, encoded))
+    if not config.anonymous and not config.users and config.listen:
+        yield "users: expected at least one user where anonymous is false, or no client can ever log in"
+
+
+def _check_listener(url: str, anonymous: bool) -> None:
+    check_exposure(parse_listener(url), anonymous)
+
+
+def _refusals(path: str, check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except ConfigurationError as error:
+        yield f"{path}: {error}"
+
+
+def _dead_letter_faults(text: str) -> Iterator[str]:
+    try:
+        destination = parse_destination(text)
+    except InvalidDestination as error:
+        yield f"delivery.dead_letter_queue: {error}"
+        return
+    if destination.kind != QUEUE or destination.is_pattern:
+        yield f"delivery.dead_letter_queue: expected /queue/NAME without wildcards, got {_shown(text)}"
+
+
+def _is_file_name(path: Path) -> bool:
+    return "\0" not in str(path)
+
+
+def _value(config: BrokerConfig, path: str) -> float:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, int | float)
+    return value

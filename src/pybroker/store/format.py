@@ -1,0 +1,324 @@
+"""Keys and values of the store, byte by byte. On disk: do not change, and never renumber a tag.
+
+FORMAT.md beside this file describes the same in prose. Pure: bytes in, values out; no backend, clock or file. Every
+value is ``version (1 byte) ... crc32 (4 bytes, little endian)``; the checksum runs over the key, then the value, so
+that a value under another's key is detected too. Integers in keys and values are big endian.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from zlib import crc32
+
+from pybroker.errors import CorruptRecord
+from pybroker.message import PRIORITY_MAX, Message
+from pybroker.operations import LEVELS, SEQUENCE_BITS, QueueRecord
+
+FORMAT = 1  # of the store as a whole, in the META value
+MAGIC = b"pybroker store\n"
+
+# ---- tags: the first byte of each key. On disk: do not change.
+
+QUEUE = 0x10  # | queue_id: a queue's descriptor
+META = 0x11  # alone: what the store is. Always there: it ends the range of descriptors
+POSITION = 0x12  # alone: the (epoch, lsn) of the last batch
+IDS = 0x13  # alone: lower bounds of the ids that were never used
+MESSAGE = 0x20  # | queue_id | order: a message, a reference to a body, or (order = FENCE_ORDER) the queue's fence
+DELIVERIES = 0x21  # | queue_id | order: how often delivery began, or the queue's fence
+BODY = 0x30  # | body_id: a message that several subscriptions share
+REFERENCES = 0x31  # | body_id: how many references are left
+EXPIRY = 0x40  # | expires | queue_id | order: the index of what expires
+END = 0xFF  # alone: LevelDB's end mark, owned by leveldb.py
+
+META_KEY = bytes((META,))
+POSITION_KEY = bytes((POSITION,))
+IDS_KEY = bytes((IDS,))
+
+FENCE_ORDER = 2**64 - 1  # no message has it; see FORMAT.md, "Fences"
+ID_MAX = 2**64 - 1
+
+# ---- flags of a value under MESSAGE or BODY. On disk: do not change.
+
+DURABLE = 0x01
+REFERENCE = 0x02
+FENCE = 0x04
+
+KINDS = {"queue": 1, "subscription": 2}
+_KIND_NAMES = {number: name for name, number in KINDS.items()}
+
+VERSION = 1  # of each value
+CHECKSUM_BYTES = 4
+RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
+
+_key8 = Struct(">BQ").pack
+_key16 = Struct(">BQQ").pack
+_key24 = Struct(">BQQQ").pack
+_unkey8 = Struct(">BQ").unpack
+_unkey16 = Struct(">BQQ").unpack
+_unkey24 = Struct(">BQQQ").unpack
+_checksum = Struct("<I").pack
+
+_MESSAGE_HEAD = Struct(">BBQQHHI")  # version, flags, timestamp, expires, bytes of message_id, destination, header block
+_MESSAGE_HEAD_BYTES = _MESSAGE_HEAD.size
+_pack_message = _MESSAGE_HEAD.pack
+_unpack_message = _MESSAGE_HEAD.unpack_from
+_REFERENCE = Struct(">BBQQQ")  # version, flags, body_id, expires, size
+_FENCE = Struct(">BB")  # version, flags
+_NUMBER = Struct(">BQ")  # version, a count or a size
+_PAIR = Struct(">BQQ")  # version, two numbers
+_QUEUE_HEAD = Struct(f">BB4Q{LEVELS}QHHH")
+_META = Struct(">BI8sQ")  # version, format, store id, starts
+
+
+# ---- keys
+
+
+def queue_key(queue_id: int) -> bytes:
+    return _key8(QUEUE, queue_id)
+
+
+def message_key(queue_id: int, order: int) -> bytes:
+    return _key16(MESSAGE, queue_id, order)
+
+
+def deliveries_key(queue_id: int, order: int) -> bytes:
+    return _key16(DELIVERIES, queue_id, order)
+
+
+def body_key(body_id: int) -> bytes:
+    return _key8(BODY, body_id)
+
+
+def references_key(body_id: int) -> bytes:
+    return _key8(REFERENCES, body_id)
+
+
+def expiry_key(expires: int, queue_id: int, order: int) -> bytes:
+    return _key24(EXPIRY, expires, queue_id, order)
+
+
+def parse_key(key: bytes) -> tuple[int, ...]:
+    """The tag and the numbers of a key; raise `CorruptRecord` for a key that no store of this format has."""
+    tag = key[0] if key else -1
+    size = len(key)
+    if tag in (MESSAGE, DELIVERIES) and size == 17:
+        numbers: tuple[int, ...] = _unkey16(key)
+    elif tag == EXPIRY and size == 25:
+        numbers = _unkey24(key)
+    elif tag in (QUEUE, BODY, REFERENCES) and size == 9:
+        numbers = _unkey8(key)
+    elif tag in (META, POSITION, IDS) and size == 1:
+        numbers = (tag,)
+    else:
+        raise CorruptRecord(key, "the key is of no known kind")
+    return numbers
+
+
+# ---- the envelope
+
+
+def seal(key: bytes, payload: bytes) -> bytes:
+    """Append the checksum of key and payload."""
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+def check(key: bytes, value: bytes) -> None:
+    """Raise `CorruptRecord` unless the value is whole, belongs to the key, and is of a version known here."""
+    if crc32(value, crc32(key)) != RESIDUE:
+        raise CorruptRecord(key, "the checksum is wrong")
+    if not value or value[0] != VERSION:
+        raise CorruptRecord(key, f"value version {value[0] if value else None}, not {VERSION}")
+
+
+def _unpack(struct: Struct, key: bytes, value: bytes) -> tuple[int, ...]:
+    check(key, value)
+    if len(value) != struct.size + CHECKSUM_BYTES:
+        raise CorruptRecord(key, f"{len(value)} bytes, not {struct.size + CHECKSUM_BYTES}")
+    return struct.unpack_from(value)
+
+
+# ---- messages, references, fences
+
+
+def encode_message(key: bytes, message: Message) -> bytes:
+    """The value of a message under MESSAGE or BODY. Its priority is in the order, not here."""
+    message_id = message.message_id
+    destination = message.destination.encode()
+    header_block = message.header_block
+    payload = b"".join(
+        (
+            _pack_message(
+                VERSION,
+                DURABLE if message.durable else 0,
+                message.timestamp,
+                message.expires,
+                len(message_id),
+                len(destination),
+                len(header_block),
+            ),
+            message_id,
+            destination,
+            header_block,
+            message.body,
+        )
+    )
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+def decode_message(key: bytes, value: bytes, order: int) -> Message:
+    """The message of a value; `order` gives its priority. Raises `CorruptRecord`."""
+    if crc32(value, crc32(key)) != RESIDUE:
+        raise CorruptRecord(key, "the checksum is wrong")
+    end = len(value) - CHECKSUM_BYTES
+    if end < _MESSAGE_HEAD_BYTES or value[0] != VERSION or value[1] > DURABLE:
+        check(key, value)
+        raise CorruptRecord(key, "the value is not a message")
+    _, flags, timestamp, expires, id_bytes, destination_bytes, header_bytes = _unpack_message(value)
+    destination_at = _MESSAGE_HEAD_BYTES + id_bytes
+    header_at = destination_at + destination_bytes
+    body_at = header_at + header_bytes
+    priority = PRIORITY_MAX - (order >> SEQUENCE_BITS)
+    if body_at > end or priority < 0:
+        raise CorruptRecord(key, "lengths or order are out of range")
+    try:
+        destination = value[destination_at:header_at].decode()
+    except UnicodeDecodeError:
+        raise CorruptRecord(key, "the destination is not UTF-8") from None
+    return Message(
+        destination,
+        value[body_at:end],
+        value[header_at:body_at],
+        flags == DURABLE,
+        priority,
+        expires,
+        value[_MESSAGE_HEAD_BYTES:destination_at],
+        timestamp,
+    )
+
+
+def flags_of(value: bytes) -> int:
+    """The flags of a value under MESSAGE, before its checksum is known to be right."""
+    return value[1] if len(value) > 1 else 0
+
+
+def encode_reference(key: bytes, body_id: int, expires: int, size: int) -> bytes:
+    return seal(key, _REFERENCE.pack(VERSION, REFERENCE, body_id, expires, size))
+
+
+def decode_reference(key: bytes, value: bytes) -> tuple[int, int, int]:
+    """``(body_id, expires, size)``."""
+    _, flags, body_id, expires, size = _unpack(_REFERENCE, key, value)
+    if flags != REFERENCE:
+        raise CorruptRecord(key, "the value is not a reference")
+    return body_id, expires, size
+
+
+def encode_fence(key: bytes) -> bytes:
+    return seal(key, _FENCE.pack(VERSION, FENCE))
+
+
+def decode_fence(key: bytes, value: bytes) -> None:
+    if _unpack(_FENCE, key, value)[1] != FENCE:
+        raise CorruptRecord(key, "the value is not a fence")
+
+
+# ---- numbers: delivery counts, references left, sizes in the expiry index; position and ids
+
+
+def encode_number(key: bytes, number: int) -> bytes:
+    payload = _NUMBER.pack(VERSION, number)
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+def decode_number(key: bytes, value: bytes) -> int:
+    return _unpack(_NUMBER, key, value)[1]
+
+
+def encode_pair(key: bytes, first: int, second: int) -> bytes:
+    return seal(key, _PAIR.pack(VERSION, first, second))
+
+
+def decode_pair(key: bytes, value: bytes) -> tuple[int, int]:
+    _, first, second = _unpack(_PAIR, key, value)
+    return first, second
+
+
+# ---- descriptors
+
+
+def encode_queue(key: bytes, record: QueueRecord) -> bytes:
+    name = record.name.encode()
+    client_id = record.client_id.encode()
+    subscription = record.subscription.encode()
+    payload = b"".join(
+        (
+            _QUEUE_HEAD.pack(
+                VERSION,
+                KINDS[record.kind],
+                record.next_sequence,
+                record.count,
+                record.size,
+                record.head,
+                *record.dispatched,
+                len(name),
+                len(client_id),
+                len(subscription),
+            ),
+            name,
+            client_id,
+            subscription,
+        )
+    )
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+def decode_queue(key: bytes, value: bytes) -> QueueRecord:
+    check(key, value)
+    if len(value) < _QUEUE_HEAD.size + CHECKSUM_BYTES:
+        raise CorruptRecord(key, "the descriptor is too short")
+    fields = _QUEUE_HEAD.unpack_from(value)
+    kind = _KIND_NAMES.get(fields[1])
+    name_at = _QUEUE_HEAD.size
+    client_at = name_at + fields[-3]
+    subscription_at = client_at + fields[-2]
+    end = subscription_at + fields[-1]
+    if kind is None or end != len(value) - CHECKSUM_BYTES:
+        raise CorruptRecord(key, "the descriptor's kind or lengths are out of range")
+    try:
+        return QueueRecord(
+            queue_id=_unkey8(key)[1],
+            kind=kind,
+            name=value[name_at:client_at].decode(),
+            client_id=value[client_at:subscription_at].decode(),
+            subscription=value[subscription_at:end].decode(),
+            next_sequence=fields[2],
+            count=fields[3],
+            size=fields[4],
+            head=fields[5],
+            dispatched=tuple(fields[6 : 6 + LEVELS]),
+        )
+    except UnicodeDecodeError:
+        raise CorruptRecord(key, "a name is not UTF-8") from None
+
+
+# ---- meta
+
+
+def encode_meta(store_id: bytes, starts: int) -> bytes:
+    """MAGIC comes first, before anything that another format may change."""
+    return seal(META_KEY, MAGIC + _META.pack(VERSION, FORMAT, store_id, starts))
+
+
+def decode_format(value: bytes) -> int | None:
+    """The format of the store that a META value belongs to; None when it is not one of pybroker's."""
+    if not value.startswith(MAGIC) or len(value) < len(MAGIC) + 5:
+        return None
+    return int.from_bytes(value[len(MAGIC) + 1 : len(MAGIC) + 5], "big")
+
+
+def decode_meta(value: bytes) -> tuple[bytes, int]:
+    """``(store_id, starts)`` of a META value of this FORMAT."""
+    if crc32(value, crc32(META_KEY)) != RESIDUE or len(value) != len(MAGIC) + _META.size + CHECKSUM_BYTES:
+        raise CorruptRecord(META_KEY, "the checksum is wrong")
+    _, _, store_id, starts = _META.unpack_from(value, len(MAGIC))
+    return store_id, starts

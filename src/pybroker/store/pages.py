@@ -1,0 +1,124 @@
+"""Reading a queue's range in pages. Owns the merge of messages, delivery counts and shared bodies; writes nothing.
+
+Follows DESIGN.md section 4: a bad value is never delivered, it is reported and passed over. A page is read from one
+snapshot, so that a body deleted meanwhile is not taken for a missing one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pybroker.errors import CorruptRecord, StoreDamaged
+from pybroker.message import Message
+from pybroker.operations import StoredEntry
+from pybroker.store.backend import Entry, Reader
+from pybroker.store.format import (
+    FENCE_ORDER,
+    REFERENCE,
+    body_key,
+    decode_message,
+    decode_number,
+    decode_reference,
+    deliveries_key,
+    flags_of,
+    message_key,
+    references_key,
+)
+from pybroker.store.ranges import iterate_whole
+
+DELIVERIES_UNKNOWN = 1  # what a message counts as whose delivery record is bad: it is marked as redelivered
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Messages of one queue in delivery order.
+
+    entries     whole messages
+    corrupt     what was passed over: it stays in the store for inspection
+    next_order  where the next page starts; None when the queue's range ended. When a limit ended the page this is the
+                place after its last entry, and nobody looked whether there is anything
+    """
+
+    entries: list[StoredEntry]
+    corrupt: list[CorruptRecord]
+    next_order: int | None
+
+
+def read_page(reader: Reader, queue_id: int, start_order: int, count_max: int, bytes_max: int) -> Page:
+    """Up to `count_max` messages and `bytes_max` bytes of them (`Message.size`), but at least one, from `start_order`.
+
+    Never goes beyond the last message asked for: what follows may be a million deleted ones, and passing over these
+    costs half a second. So ask for no more than the queue's descriptor counts.
+    """
+    entries: list[StoredEntry] = []
+    corrupt: list[CorruptRecord] = []
+    size = 0
+    counts = _DeliveryCounts(reader, queue_id, start_order, corrupt)
+
+    def passed_over(start: bytes, behind: bytes, error: StoreDamaged) -> None:
+        corrupt.append(CorruptRecord(start, f"from here to {behind.hex()}: {error}"))
+
+    start, stop = message_key(queue_id, start_order), message_key(queue_id, FENCE_ORDER)
+    for key, value in iterate_whole(reader, start, stop, passed_over):
+        order = int.from_bytes(key[9:], "big")
+        try:
+            if flags_of(value) & REFERENCE:
+                body_id = decode_reference(key, value)[0]
+                message, references = _read_body(reader, body_id, order)
+            else:
+                body_id = references = 0
+                message = decode_message(key, value, order)
+        except CorruptRecord as error:
+            corrupt.append(error)
+            continue
+        size += len(message.header_block) + len(message.body)
+        if size > bytes_max and entries:
+            return Page(entries, corrupt, order)
+        entries.append(StoredEntry(order, message, counts.of(order), body_id, references))
+        if len(entries) >= count_max:
+            return Page(entries, corrupt, order + 1)
+    return Page(entries, corrupt, None)
+
+
+class _DeliveryCounts:
+    """The delivery records beside a page, read in step with it."""
+
+    def __init__(self, reader: Reader, queue_id: int, start_order: int, corrupt: list[CorruptRecord]) -> None:
+        stop = deliveries_key(queue_id, FENCE_ORDER)
+        self._entries = reader.iterate(deliveries_key(queue_id, start_order), stop)
+        self._corrupt = corrupt
+        self._order = -1  # of the record that was read last
+        self._value: Entry | None = None
+
+    def of(self, order: int) -> int:
+        """The count of a message; to be asked in ascending order."""
+        try:
+            while self._order < order:
+                self._value = next(self._entries, None)
+                self._order = FENCE_ORDER if self._value is None else int.from_bytes(self._value[0][9:], "big")
+            if self._order != order or self._value is None:
+                return 0
+            return decode_number(*self._value)
+        except CorruptRecord as error:
+            self._corrupt.append(error)
+        except StoreDamaged as error:
+            self._corrupt.append(CorruptRecord(b"", f"delivery records can't be read: {error}"))
+            self._order = FENCE_ORDER
+            self._value = None
+        return DELIVERIES_UNKNOWN
+
+
+def _read_body(reader: Reader, body_id: int, order: int) -> tuple[Message, int]:
+    key = body_key(body_id)
+    count_key = references_key(body_id)
+    try:
+        value = reader.get(key)
+        count = reader.get(count_key)
+    except StoreDamaged as error:
+        raise CorruptRecord(key, f"the shared body can't be read: {error}") from error
+    if value is None:
+        raise CorruptRecord(key, "the shared body is missing")
+    message = decode_message(key, value, order)
+    if count is None:
+        raise CorruptRecord(count_key, "the count of references is missing")
+    return message, decode_number(count_key, count)

@@ -1,0 +1,251 @@
+"""The store: operations in, batches out, pages back. Owns ids, positions and what is read at open; no plyvel, no trio.
+
+Follows DESIGN.md section 4. The store holds the *state*: a key per live message. Opening reads queue descriptors and
+three more keys, never a message. What may block says so; it belongs into a worker thread if `backend.blocking`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pybroker.errors import CorruptRecord, StoreDamaged, StoreFormatError
+from pybroker.message import Message
+from pybroker.operations import (
+    DELETE_BODY,
+    DELETE_MESSAGE,
+    DELETE_QUEUE,
+    PUT_BODY,
+    PUT_DELIVERIES,
+    PUT_MESSAGE,
+    PUT_QUEUE,
+    PUT_REFERENCE,
+    SET_REFERENCES,
+    DueEntry,
+    QueueRecord,
+)
+from pybroker.store import format as fmt
+from pybroker.store.backend import Backend, Change
+from pybroker.store.due import NEVER, DueReader
+from pybroker.store.pages import Page, read_page
+
+BODY_IDS_RESERVED = 1 << 16  # body ids that one write of IDS covers
+
+
+class Store:
+    """One store, open.
+
+    store_id        16 hexadecimal digits, made with the store: its identity, and that of no copy
+    starts          how often it has been opened, this time included; on disk before `open` returns
+    position        ``(epoch, lsn)`` of the last batch in it
+    records         the descriptors of its queues, in order of their ids
+    next_queue_id   ids from here on were never used, in no life of this store. An id's first use raises the bound in
+    next_body_id    the very batch that uses it, so that both are on the disk or neither. (Body ids are reserved in
+                    blocks: the bound may be above what was used.) Both are kept up while operations are encoded
+    """
+
+    def __init__(self, backend: Backend, store_id: str, starts: int) -> None:
+        self.backend = backend
+        self.store_id = store_id
+        self.starts = starts
+        self.position = (0, 0)
+        self.records: list[QueueRecord] = []
+        self.next_queue_id = 1
+        self.next_body_id = 1
+        self._fenced: set[int] = set()  # queues whose fences are in the store, or in a batch under way
+        self._due = DueReader()
+        self._expires_seen = False  # whether a message that expires was ever encoded here
+        self.reload()
+
+    @classmethod
+    def open(cls, backend: Backend) -> Store:
+        """Read, or make, the store in a backend. Blocking: a few reads and one synced write.
+
+        Raises `StoreFormatError` for a format that is not known or a database that is not a store, `StoreDamaged` when
+        one of the keys that it stands on is bad: without its descriptor a queue would be lost silently.
+        """
+        value = backend.get(fmt.META_KEY)
+        if value is None:
+            if next(backend.iterate(b"\0", bytes((fmt.END,))), None) is not None:
+                raise StoreFormatError("the database has keys, but none that says it is a pybroker store")
+            store_id, starts = os.urandom(8), 1
+            changes: list[Change] = [(fmt.IDS_KEY, fmt.encode_pair(fmt.IDS_KEY, 1, 1))]
+        else:
+            found = fmt.decode_format(value)
+            if found is None:
+                raise StoreFormatError("the database is not a pybroker store: its META value is something else")
+            if found != fmt.FORMAT:
+                raise StoreFormatError(
+                    f"the store has format {found}, this version reads format {fmt.FORMAT}: "
+                    "use the version of pybroker that wrote it"
+                )
+            try:
+                store_id, starts = fmt.decode_meta(value)
+            except CorruptRecord as error:
+                raise _damaged(error) from error
+            starts += 1
+            changes = []
+        changes.append((fmt.META_KEY, fmt.encode_meta(store_id, starts)))
+        backend.write(backend.new_batch(changes), True)
+        return cls(backend, store_id.hex(), starts)
+
+    def reload(self) -> None:
+        """Read again what `open` reads: after batches that others encoded were written (a follower's). Blocking."""
+        try:
+            with self.backend.snapshot() as reader:
+                value = reader.get(fmt.POSITION_KEY)
+                self.position = (0, 0) if value is None else fmt.decode_pair(fmt.POSITION_KEY, value)
+                value = reader.get(fmt.IDS_KEY)
+                if value is None:
+                    raise CorruptRecord(fmt.IDS_KEY, "the key is missing")
+                self.next_queue_id, self.next_body_id = fmt.decode_pair(fmt.IDS_KEY, value)
+                descriptors = reader.iterate(bytes((fmt.QUEUE,)), fmt.META_KEY)
+                self.records = [fmt.decode_queue(key, value) for key, value in descriptors]
+        except CorruptRecord as error:
+            raise _damaged(error) from error
+        self._fenced = {record.queue_id for record in self.records}
+        self._due.reset()
+
+    # ---- writing
+
+    def encode(self, operations: Iterable[tuple[Any, ...]]) -> list[Change]:
+        """What the operations change, key by key. Cheap, for the event loop; in the order of the batches."""
+        changes: list[Change] = []
+        add = changes.append
+        message_key = fmt.message_key
+        encode_message = fmt.encode_message
+        for operation in operations:
+            tag = operation[0]
+            if tag == PUT_MESSAGE:
+                _, queue_id, order, message = operation
+                key = message_key(queue_id, order)
+                add((key, encode_message(key, message)))
+                if message.expires:
+                    self._put_expiry(add, message.expires, queue_id, order, message.size)
+            elif tag == DELETE_MESSAGE:
+                _, queue_id, order, expires, counted = operation
+                add((message_key(queue_id, order), None))
+                if expires:
+                    add((fmt.expiry_key(expires, queue_id, order), None))
+                if counted:
+                    add((fmt.deliveries_key(queue_id, order), None))
+            elif tag == PUT_QUEUE:
+                self._put_queue(add, operation[1])
+            elif tag == PUT_REFERENCE:
+                _, queue_id, order, body_id, expires, size = operation
+                key = message_key(queue_id, order)
+                add((key, fmt.encode_reference(key, body_id, expires, size)))
+                if expires:
+                    self._put_expiry(add, expires, queue_id, order, size)
+            elif tag == SET_REFERENCES:
+                _, body_id, references = operation
+                key = fmt.references_key(body_id)
+                add((key, fmt.encode_number(key, references)))
+            elif tag == PUT_DELIVERIES:
+                _, queue_id, order, deliveries = operation
+                key = fmt.deliveries_key(queue_id, order)
+                add((key, fmt.encode_number(key, deliveries)))
+            elif tag == PUT_BODY:
+                self._put_body(add, *operation[1:])
+            elif tag == DELETE_BODY:
+                add((fmt.body_key(operation[1]), None))
+                add((fmt.references_key(operation[1]), None))
+            elif tag == DELETE_QUEUE:
+                self._delete_queue(add, operation[1])
+            else:
+                raise ValueError(f"operation {tag!r} is not known")
+        return changes
+
+    def _put_expiry(self, add: Any, expires: int, queue_id: int, order: int, size: int) -> None:
+        self._expires_seen = True
+        key = fmt.expiry_key(expires, queue_id, order)
+        add((key, fmt.encode_number(key, size)))
+
+    def _put_queue(self, add: Any, record: QueueRecord) -> None:
+        queue_id = record.queue_id
+        key = fmt.queue_key(queue_id)
+        add((key, fmt.encode_queue(key, record)))
+        if queue_id not in self._fenced:
+            self._fenced.add(queue_id)
+            for fence in fences(queue_id):
+                add((fence, fmt.encode_fence(fence)))
+            if queue_id >= self.next_queue_id:
+                self.next_queue_id = queue_id + 1
+                self._put_ids(add)
+
+    def _delete_queue(self, add: Any, queue_id: int) -> None:
+        add((fmt.queue_key(queue_id), None))
+        self._fenced.discard(queue_id)
+        for fence in fences(queue_id):
+            add((fence, None))
+
+    def _put_body(self, add: Any, body_id: int, message: Message, references: int) -> None:
+        key = fmt.body_key(body_id)
+        add((key, fmt.encode_message(key, message)))
+        key = fmt.references_key(body_id)
+        add((key, fmt.encode_number(key, references)))
+        if body_id >= self.next_body_id:
+            self.next_body_id = body_id + BODY_IDS_RESERVED
+            self._put_ids(add)
+
+    def _put_ids(self, add: Any) -> None:
+        add((fmt.IDS_KEY, fmt.encode_pair(fmt.IDS_KEY, self.next_queue_id, self.next_body_id)))
+
+    def prepare(self, changes: Sequence[Change], position: tuple[int, int]) -> object:
+        """A batch that makes the changes and brings the store to `position`. Cheap, for the event loop."""
+        batch = self.backend.new_batch([*changes, (fmt.POSITION_KEY, fmt.encode_pair(fmt.POSITION_KEY, *position))])
+        expires = NEVER
+        if self._expires_seen:
+            for key, value in changes:
+                if key[0] == fmt.EXPIRY and value is not None:
+                    expires = min(expires, int.from_bytes(key[1:9], "big"))
+        return batch, expires, position
+
+    def write(self, prepared: object, sync: bool) -> None:
+        """Write what `prepare` made, in the order in which it was made. Blocking.
+
+        Raises `StoreError`: whether the batch is in the store will only be known when it has been opened again.
+        """
+        assert isinstance(prepared, tuple)
+        batch, expires, position = prepared
+        self.backend.write(batch, sync)
+        self.position = position
+        if expires != NEVER:
+            self._due.lower(expires)
+
+    # ---- reading
+
+    def read_page(self, queue_id: int, start_order: int, count_max: int, bytes_max: int) -> Page:
+        """A page of a queue; see `pages.read_page`. Blocking."""
+        with self.backend.snapshot() as reader:
+            return read_page(reader, queue_id, start_order, count_max, bytes_max)
+
+    def read_due(
+        self, now_ms: int, count_max: int, after: tuple[int, int, int] | None = None
+    ) -> list[DueEntry]:
+        """Up to `count_max` rows of the expiry index with ``expires <= now_ms``, in time order. Blocking.
+
+        With `after` (expires, queue id, order) only rows behind that one.
+
+        A row stays until the message's DELETE_MESSAGE is written. Bad rows are passed over; `corrupt_due` counts them.
+        """
+        return self._due.read(self.backend, now_ms, count_max, after)
+
+    @property
+    def corrupt_due(self) -> int:
+        """Bad rows of the expiry index that the last `read_due` met."""
+        return self._due.corrupt
+
+    def close(self) -> None:
+        """Close the backend. Blocking."""
+        self.backend.close()
+
+
+def fences(queue_id: int) -> tuple[bytes, bytes]:
+    """The live keys that end the two ranges of a queue: reading to their end must not run into the next queue's."""
+    return fmt.message_key(queue_id, fmt.FENCE_ORDER), fmt.deliveries_key(queue_id, fmt.FENCE_ORDER)
+
+
+def _damaged(error: CorruptRecord) -> StoreDamaged:
+    return StoreDamaged(f"the store is damaged: {error}; `pybroker store salvage DIR NEWDIR` copies what is whole")
