@@ -20,11 +20,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits
-from pybroker.core.consumer import ACK_MODES, AUTO, CUMULATIVE, Connection, Consumer, Transaction
-from pybroker.core.entry import ENTRY_BYTES, SENT, SETTLING, Entry
+from pybroker.core import retiring, transactions
+from pybroker.core.consumer import ACK_MODES, AUTO, CUMULATIVE, Connection, Consumer
+from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
 from pybroker.core.queue import BACKLOG, DELETED, QUEUE, SUBSCRIPTION, Queue
-from pybroker.core.reads import DueRequest, PageRequest
+from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBodies
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import Destination, parse_destination
@@ -36,23 +37,20 @@ from pybroker.errors import (
     LimitExceeded,
     SlowConsumer,
     SubscriptionError,
-    TransactionError,
     UnknownDelivery,
 )
-from pybroker.message import PRIORITY_MAX, Message, encode_headers
+from pybroker.message import PRIORITY_MAX, Message
 from pybroker.operations import (
     DELETE_MESSAGE,
     DELETE_QUEUE,
     PUT_BODY,
     PUT_MESSAGE,
     PUT_QUEUE,
-    DueEntry,
     Operation,
     QueueRecord,
     StoredEntry,
 )
 
-DUE_ROWS_MAX = 1_000  # rows of the expiry index that one sweep reads at a time
 ROUTES_MAX = 10_000  # topic names whose subscribers are remembered
 
 
@@ -106,13 +104,13 @@ class Core:
         self._last_message = 0
         self._last_id = incarnation << 32
         self._dirty: list[Queue] = []
-        self._by_destination: dict[str, Queue] = {}
+        self.by_destination: dict[str, Queue] = {}
         self._subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
         self._tree: SubscriptionTree[Queue] = SubscriptionTree()
         self._shrink_next: list[int] = []
-        self._dead_letters = parse_destination(delivery.dead_letter_queue)
-        if self._dead_letters.kind != QUEUE or self._dead_letters.is_pattern:
+        self.dead_letters = parse_destination(delivery.dead_letter_queue)
+        if self.dead_letters.kind != QUEUE or self.dead_letters.is_pattern:
             raise InvalidDestination(f"dead_letter_queue {delivery.dead_letter_queue!r} must be one /queue/NAME")
         for record in records:
             self._restore(record)
@@ -122,7 +120,7 @@ class Core:
         self.queues[queue.queue_id] = queue
         self.stored_bytes += queue.size
         if queue.kind == QUEUE:
-            self._by_destination[f"/queue/{queue.name}"] = queue
+            self.by_destination[f"/queue/{queue.name}"] = queue
         elif queue.kind == SUBSCRIPTION:
             self._subscriptions[queue.client_id, queue.subscription] = queue
             self._tree.add(tuple(queue.name.split(".")), queue)
@@ -276,7 +274,7 @@ class Core:
             queue.forget(entry)
         del self.queues[queue.queue_id]
         if queue.spooled:
-            self._count_spooled(queue, -queue.spooled, -queue.spooled_size)
+            self.count_spooled(queue, -queue.spooled, -queue.spooled_size)
             self.spool_operations.append((DELETE_QUEUE, queue.queue_id))
 
     def pause(self, connection: Connection) -> None:
@@ -297,19 +295,19 @@ class Core:
 
     def queue(self, target: Destination) -> Queue:
         """The queue of that name, made when there is none."""
-        queue = self._by_destination.get(str(target))
+        queue = self.by_destination.get(str(target))
         if queue is None:
             queue = self._new_queue(QUEUE, target.name)
-            self._by_destination[str(target)] = queue
+            self.by_destination[str(target)] = queue
         return queue
 
     def _new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
         limit = self.limits.destinations_max
         if len(self.queues) >= limit:
             raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
-        return self._add_queue(kind, name, client_id, subscription)
+        return self.add_queue(kind, name, client_id, subscription)
 
-    def _add_queue(self, kind: str, name: str, client_id: str, subscription: str) -> Queue:
+    def add_queue(self, kind: str, name: str, client_id: str, subscription: str) -> Queue:
         queue = Queue(self, QueueRecord(self._new_id(), kind, name, client_id, subscription))
         self.queues[queue.queue_id] = queue
         return queue
@@ -343,7 +341,7 @@ class Core:
         """Raise what `send` would raise, and make nothing (transactions check before they collect)."""
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
-        if message.destination not in self._by_destination:
+        if message.destination not in self.by_destination:
             target = parse_destination(message.destination)
             if target.is_pattern:
                 raise InvalidDestination(f"{message.destination} is a pattern: a message is sent to one name")
@@ -353,7 +351,7 @@ class Core:
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
         text = message.destination
-        target = self._by_destination.get(text) or self._topics.get(text) or self._target(text)
+        target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)
         self._last_message += 1
         message.message_id = b"%b%x" % (self._id_prefix, self._last_message)
         message.timestamp = self.now
@@ -407,7 +405,7 @@ class Core:
         if limits.store_bytes_max and self.stored_bytes + self.spooled_bytes > limits.store_bytes_max:
             return _full("limits.store_bytes_max", limits.store_bytes_max)
         if limits.queue_messages_max:
-            queue = self._by_destination.get(message.destination)
+            queue = self.by_destination.get(message.destination)
             if queue is not None and queue.depth >= limits.queue_messages_max:
                 return _full("limits.queue_messages_max", limits.queue_messages_max)
         return None
@@ -435,7 +433,7 @@ class Core:
             )
         return entry
 
-    def _up_to(self, consumer: Consumer, entry: Entry) -> list[Entry]:
+    def up_to(self, consumer: Consumer, entry: Entry) -> list[Entry]:
         """The deliveries that one settlement is for."""
         if consumer.ack_mode != CUMULATIVE:
             return [entry]
@@ -450,10 +448,10 @@ class Core:
         """The consumer is done with a delivery (CUMULATIVE: and all before it). Raises UnknownDelivery, TransactionError."""
         entry = self.delivery_of(consumer, tag)
         if transaction is not None:
-            self._settle_later(consumer, self._up_to(consumer, entry), transaction, True)
+            self.settle_later(consumer, self.up_to(consumer, entry), transaction, True)
             return
         queue = entry.queue
-        for each in self._up_to(consumer, entry) if consumer.ack_mode == CUMULATIVE else (entry,):
+        for each in self.up_to(consumer, entry) if consumer.ack_mode == CUMULATIVE else (entry,):
             queue.settle(each)
             queue.remove(each)
             queue.counts.acknowledged += 1
@@ -463,9 +461,9 @@ class Core:
     def reject(self, consumer: Consumer, tag: int, transaction: str | None = None) -> None:
         """The consumer can't use a delivery: it goes back to its place, or to the dead letters after the last try."""
         entry = self.delivery_of(consumer, tag)
-        entries = self._up_to(consumer, entry)
+        entries = self.up_to(consumer, entry)
         if transaction is not None:
-            self._settle_later(consumer, entries, transaction, False)
+            self.settle_later(consumer, entries, transaction, False)
             return
         queue = entry.queue
         for each in entries:
@@ -487,193 +485,21 @@ class Core:
             if queue.available:
                 queue.dispatch()
 
-    # ---- transactions
+    # ---- transactions: see transactions.py
 
-    def begin(self, connection: Connection, name: str) -> None:
-        limits = self.limits
-        if name in connection.transactions:
-            raise TransactionError(f"transaction {name!r} is open already")
-        if len(connection.transactions) >= limits.transactions_max:
-            raise LimitExceeded("limits.transactions_max", limits.transactions_max, "too many open transactions")
-        connection.transactions[name] = Transaction()
+    begin = transactions.begin
+    send_later = transactions.send_later
+    settle_later = transactions.settle_later
+    commit = transactions.commit
+    abort = transactions.abort
 
-    def _transaction(self, connection: Connection, name: str) -> Transaction:
-        try:
-            return connection.transactions[name]
-        except KeyError:
-            raise TransactionError(f"transaction {name!r} is not open: BEGIN it first") from None
+    # ---- dead letters and expiry: see retiring.py
 
-    def _check_transaction(self, transaction: Transaction, count: int, size: int) -> None:
-        limits = self.limits
-        if transaction.count + count > limits.transaction_messages_max:
-            raise LimitExceeded(
-                "limits.transaction_messages_max", limits.transaction_messages_max, "too many messages in a transaction"
-            )
-        if transaction.size + size > limits.transaction_bytes_max:
-            raise LimitExceeded(
-                "limits.transaction_bytes_max", limits.transaction_bytes_max, "too many bytes in a transaction"
-            )
-
-    def send_later(self, connection: Connection, message: Message, name: str) -> None:
-        """Send within a transaction."""
-        transaction = self._transaction(connection, name)
-        self.check(message)
-        self._check_transaction(transaction, 1, message.size)
-        transaction.messages.append(message)
-        transaction.size += message.size
-        self.memory_bytes += message.size
-
-    def _settle_later(self, consumer: Consumer, entries: list[Entry], name: str, done: bool) -> None:
-        transaction = self._transaction(consumer.connection, name)
-        self._check_transaction(transaction, len(entries), sum(entry.message.size for entry in entries))
-        queue = consumer.queue
-        for entry in entries:
-            queue.settle(entry)
-            entry.state = SETTLING
-            transaction.settled.append((entry, done))
-            transaction.size += entry.message.size
-        if queue.available:
-            queue.dispatch()
-
-    def commit(self, connection: Connection, name: str) -> None:
-        """Do all that the transaction collected, in one turn and so in one batch. Raises TransactionError, BrokerFull."""
-        transaction = self._transaction(connection, name)
-        del connection.transactions[name]
-        messages = transaction.messages
-        self.memory_bytes -= sum(message.size for message in messages)
-        new = {message.destination for message in messages} - self._by_destination.keys()
-        if len(self.queues) + len(new) > self.limits.destinations_max and any(
-            text.startswith("/queue/") for text in new
-        ):
-            self._give_back(transaction)
-            limit = self.limits.destinations_max
-            raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was aborted")
-        queues: dict[Queue, list[Entry]] = {}
-        for entry, done in transaction.settled:
-            returning = queues.setdefault(entry.queue, [])
-            if done:
-                entry.queue.remove(entry)
-                entry.queue.counts.acknowledged += 1
-            else:
-                returning.append(entry)
-        for message in messages:
-            self.send(message)
-        self._return(queues)
-
-    def abort(self, connection: Connection, name: str) -> None:
-        """Forget the sends; acknowledged and rejected messages return to their places, marked as redelivered."""
-        transaction = self._transaction(connection, name)
-        del connection.transactions[name]
-        self.memory_bytes -= sum(message.size for message in transaction.messages)
-        self._give_back(transaction)
-
-    def _give_back(self, transaction: Transaction) -> None:
-        queues: dict[Queue, list[Entry]] = {}
-        for entry, _ in transaction.settled:
-            queues.setdefault(entry.queue, []).append(entry)
-        self._return(queues)
-
-    def _return(self, queues: dict[Queue, list[Entry]]) -> None:
-        for queue, entries in queues.items():
-            if queue.queue_id not in self.queues:  # a plain subscription that went with its consumer
-                for entry in entries:
-                    del queue.outstanding[entry.order]
-                    queue.forget(entry)
-                continue
-            queue.put_back(entries)
-            if queue.kind == DELETED:
-                queue.empty()
-            else:
-                queue.dispatch()
-
-    # ---- dead letters and expiry
-
-    def dead_letter_due(self, entry: Entry) -> bool:
-        limit = self.delivery.deliveries_max
-        if not limit or entry.deliveries < limit:
-            return False
-        queue = entry.queue
-        return not (queue.kind == QUEUE and queue.name == self._dead_letters.name)
-
-    def dead_letter(self, entry: Entry, reason: str) -> None:
-        """Move an entry, that stands in no collection of its queue, to the dead-letter queue."""
-        queue = entry.queue
-        queue.counts.dead_lettered += 1
-        origin = [("dead-letter-origin", entry.message.destination)]
-        if queue.kind == SUBSCRIPTION:
-            origin.append(("dead-letter-subscription", f"{queue.client_id}/{queue.subscription}"))
-        notes = [("dead-letter-reason", reason), ("dead-letter-deliveries", str(entry.deliveries))]
-        letter = entry.message.moved_to(str(self._dead_letters), encode_headers([*origin, *notes]))
-        queue.forget(entry)
-        target = self._by_destination.get(letter.destination)
-        if target is None:  # whatever `destinations_max` says: a dead letter must not be lost
-            target = self._by_destination[letter.destination] = self._add_queue(QUEUE, self._dead_letters.name, "", "")
-        target.accept(letter)
-
-    def expire(self, entry: Entry) -> None:
-        """Remove an expired entry that stands in no collection of its queue."""
-        entry.queue.counts.expired += 1
-        entry.queue.forget(entry)
-
-    def sweep(self) -> None:
-        """Remove what has expired by `now`; what the store's index knows is asked for."""
-        for entry in self.expiries.due(self.now):
-            self._expire_ready(entry.queue, entry.order)
-        if self.due_removed is None:
-            self.due_removed = set()
-            self.shared.read_began()
-            self.held.append(DueRequest(self.now, DUE_ROWS_MAX))
-
-    def _expire_ready(self, queue: Queue, order: int) -> bool:
-        """Expire a ready entry if memory has it; an outstanding one is looked at when it comes back."""
-        entry = queue.window.discard(order)
-        if entry is None and queue.page is not None:
-            entry = queue.page.added.pop(order, None)
-            if entry is not None:
-                queue.page.added_size -= entry.message.size
-        if entry is None:
-            return order in queue.outstanding
-        self.expire(entry)
-        return True
-
-    def due_loaded(self, request: DueRequest, rows: list[DueEntry], transient: list[DueEntry]) -> None:
-        """Take what was read of the expiry index of the store and of the spool; ask for more where there is more."""
-        removed = self.due_removed or set()
-        self.due_removed = None
-        for stored, found in ((True, rows), (False, transient)):
-            for row in found:
-                queue = self.queues.get(row.queue_id)
-                if queue is None or (row.queue_id, row.order) in removed or self._expire_ready(queue, row.order):
-                    continue
-                if queue.tail is not None and row.order >= queue.tail:
-                    self._expire_unloaded(queue, row, stored)
-        self.shared.read_ended()
-        if max(len(rows), len(transient)) >= request.count_max:
-            # Behind the last row of the index that ended first: the other one's rows are met again, which does no harm.
-            ends = [found[-1] for found in (rows, transient) if len(found) >= request.count_max]
-            last = min((row.expires, row.queue_id, row.order) for row in ends)
-            self.due_removed = set()
-            self.shared.read_began()
-            self.held.append(DueRequest(request.now, request.count_max, last))
-
-    def _expire_unloaded(self, queue: Queue, row: DueEntry, stored: bool) -> None:
-        queue.counts.expired += 1
-        operation = (DELETE_MESSAGE, queue.queue_id, row.order, row.expires, True)
-        if stored:
-            self.operations.append(operation)
-            queue.removed_stored(row.order, row.size, row.expires)
-            if row.body_id:
-                body = self.shared.loaded_from_store(row.body_id, row.references)
-                self.shared.hold(body)
-                self.operations.append(self.shared.release(body))
-                self.shared.let_go(body)
-        else:
-            self.spool_operations.append(operation)
-            queue.transient -= 1
-            self._count_spooled(queue, -1, -row.size)
-        if queue.page is not None and row.order >= queue.page.start:
-            queue.page.removed.add(row.order)
-        self.freed = True
+    dead_letter_due = retiring.dead_letter_due
+    dead_letter = retiring.dead_letter
+    expire = retiring.expire
+    sweep = retiring.sweep
+    due_loaded = retiring.due_loaded
 
     # ---- memory, spool, pages (called by queues)
 
@@ -700,10 +526,10 @@ class Core:
     def spool(self, entry: Entry) -> None:
         """Write a non-durable entry to the spool."""
         entry.spooled = True
-        self._count_spooled(entry.queue, 1, entry.message.size)
+        self.count_spooled(entry.queue, 1, entry.message.size)
         self.spool_operations.append((PUT_MESSAGE, entry.queue.queue_id, entry.order, entry.message))
 
-    def _count_spooled(self, queue: Queue, count: int, size: int) -> None:
+    def count_spooled(self, queue: Queue, count: int, size: int) -> None:
         queue.spooled += count
         queue.spooled_size += size
         self.spooled += count
@@ -711,7 +537,7 @@ class Core:
 
     def unspool(self, entry: Entry) -> None:
         """Remove an entry from the spool."""
-        self._count_spooled(entry.queue, -1, -entry.message.size)
+        self.count_spooled(entry.queue, -1, -entry.message.size)
         operation = (DELETE_MESSAGE, entry.queue.queue_id, entry.order, entry.message.expires, entry.recorded)
         self.spool_operations.append(operation)
 

@@ -1,0 +1,110 @@
+"""How messages leave without an acknowledgement: to the dead letters, or because they expired. A part of `Core`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pybroker.core.entry import Entry
+from pybroker.core.queue import QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.reads import DueRequest
+from pybroker.message import encode_headers
+from pybroker.operations import DELETE_MESSAGE, DueEntry
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+DUE_ROWS_MAX = 1_000  # rows of the expiry index that one sweep reads at a time
+
+
+def dead_letter_due(core: Core, entry: Entry) -> bool:
+    limit = core.delivery.deliveries_max
+    if not limit or entry.deliveries < limit:
+        return False
+    queue = entry.queue
+    return not (queue.kind == QUEUE and queue.name == core.dead_letters.name)
+
+
+def dead_letter(core: Core, entry: Entry, reason: str) -> None:
+    """Move an entry, that stands in no collection of its queue, to the dead-letter queue."""
+    queue = entry.queue
+    queue.counts.dead_lettered += 1
+    origin = [("dead-letter-origin", entry.message.destination)]
+    if queue.kind == SUBSCRIPTION:
+        origin.append(("dead-letter-subscription", f"{queue.client_id}/{queue.subscription}"))
+    notes = [("dead-letter-reason", reason), ("dead-letter-deliveries", str(entry.deliveries))]
+    letter = entry.message.moved_to(str(core.dead_letters), encode_headers([*origin, *notes]))
+    queue.forget(entry)
+    target = core.by_destination.get(letter.destination)
+    if target is None:  # whatever `destinations_max` says: a dead letter must not be lost
+        target = core.by_destination[letter.destination] = core.add_queue(QUEUE, core.dead_letters.name, "", "")
+    target.accept(letter)
+
+
+def expire(core: Core, entry: Entry) -> None:
+    """Remove an expired entry that stands in no collection of its queue."""
+    entry.queue.counts.expired += 1
+    entry.queue.forget(entry)
+
+
+def sweep(core: Core) -> None:
+    """Remove what has expired by `now`; what the store's index knows is asked for."""
+    for entry in core.expiries.due(core.now):
+        _expire_ready(core, entry.queue, entry.order)
+    if core.due_removed is None:
+        core.due_removed = set()
+        core.shared.read_began()
+        core.held.append(DueRequest(core.now, DUE_ROWS_MAX))
+
+
+def _expire_ready(core: Core, queue: Queue, order: int) -> bool:
+    """Expire a ready entry if memory has it; an outstanding one is looked at when it comes back."""
+    entry = queue.window.discard(order)
+    if entry is None and queue.page is not None:
+        entry = queue.page.added.pop(order, None)
+        if entry is not None:
+            queue.page.added_size -= entry.message.size
+    if entry is None:
+        return order in queue.outstanding
+    core.expire(entry)
+    return True
+
+
+def due_loaded(core: Core, request: DueRequest, rows: list[DueEntry], transient: list[DueEntry]) -> None:
+    """Take what was read of the expiry index of the store and of the spool; ask for more where there is more."""
+    removed = core.due_removed or set()
+    core.due_removed = None
+    for stored, found in ((True, rows), (False, transient)):
+        for row in found:
+            queue = core.queues.get(row.queue_id)
+            if queue is None or (row.queue_id, row.order) in removed or _expire_ready(core, queue, row.order):
+                continue
+            if queue.tail is not None and row.order >= queue.tail:
+                _expire_unloaded(core, queue, row, stored)
+    core.shared.read_ended()
+    if max(len(rows), len(transient)) >= request.count_max:
+        # Behind the last row of the index that ended first: the other one's rows are met again, which does no harm.
+        ends = [found[-1] for found in (rows, transient) if len(found) >= request.count_max]
+        last = min((row.expires, row.queue_id, row.order) for row in ends)
+        core.due_removed = set()
+        core.shared.read_began()
+        core.held.append(DueRequest(request.now, request.count_max, last))
+
+
+def _expire_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> None:
+    queue.counts.expired += 1
+    operation = (DELETE_MESSAGE, queue.queue_id, row.order, row.expires, True)
+    if stored:
+        core.operations.append(operation)
+        queue.removed_stored(row.order, row.size, row.expires)
+        if row.body_id:
+            body = core.shared.loaded_from_store(row.body_id, row.references)
+            core.shared.hold(body)
+            core.operations.append(core.shared.release(body))
+            core.shared.let_go(body)
+    else:
+        core.spool_operations.append(operation)
+        queue.transient -= 1
+        core.count_spooled(queue, -1, -row.size)
+    if queue.page is not None and row.order >= queue.page.start:
+        queue.page.removed.add(row.order)
+    core.freed = True
