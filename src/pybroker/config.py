@@ -41,8 +41,8 @@ class Limits:
     prefetch_max: int = 32_767  # the most that a consumer may ask for
     prefetch_bytes_max: int = 16 * 1024 * 1024  # bytes a consumer may hold unacknowledged (one message always may)
     outbox_bytes_max: int = 1024 * 1024  # bytes waiting for one connection's socket before its consumers pause
-    window_messages_max: int = 2_048  # messages at a queue's head that are kept in memory
-    window_bytes_max: int = 4 * 1024 * 1024  # bytes of these
+    window_messages_max: int = 8_192  # messages at a queue's head that are kept in memory
+    window_bytes_max: int = 8 * 1024 * 1024  # bytes of these
     memory_bytes_max: int = 512 * 1024 * 1024  # bytes of all messages in memory; past it producers wait
     batch_bytes_max: int = 8 * 1024 * 1024  # bytes that wait for the journal before producers wait
     store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full

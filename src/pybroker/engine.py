@@ -110,11 +110,11 @@ class Engine:
                     consumer = entry.consumer
                     assert consumer is not None
                     self._deliver(consumer, entry)
-        if core.operations or core.held or core.spool_operations:
+        if core.operations or core.held or core.spool_operations or core.dirty:
             operations, core.operations = core.operations, []
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
-            self.journal.add(operations, held, spool)
+            self.journal.add(operations, held, spool, bool(core.dirty))
         if core.closing:
             closing, core.closing = core.closing, []
             for consumer, error in closing:

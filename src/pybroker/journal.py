@@ -76,6 +76,7 @@ class Journal:
         self._changes: list[Change] = []
         self._spool: list[Operation] = []
         self._effects: list[Any] = []
+        self._unsealed = False  # `seal` has something for the open batch
         self._writing: list[Any] | None = None  # the effects of the batch that is being written
         self._work = trio.Event()
         self._room = trio.Event()
@@ -88,17 +89,26 @@ class Journal:
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is being written."""
-        return self._writing is None and not self._changes and not self._effects and not self._spool
+        return self._writing is None and not self._open
 
-    def add(self, operations: list[Operation], effects: list[Any], spool: list[Operation]) -> None:
-        """Put one turn's operations into the open batch; its effects follow everything that was added before them."""
+    @property
+    def _open(self) -> bool:
+        return bool(self._changes or self._spool or self._unsealed)
+
+    def add(self, operations: list[Operation], effects: list[Any], spool: list[Operation], unsealed: bool) -> None:
+        """Put one turn's operations into the open batch; its effects follow everything that was added before them.
+
+        `unsealed`: the turn changed something that `seal` will say, and the effects must not be seen before that is
+        committed (a turn that only dispatches moves its queues' marks).
+        """
         if operations:
             changes = self._store.encode(operations)
             self.open_bytes += sum([len(value) for _, value in changes if value is not None])
             self._changes += changes
         if spool:
             self._spool += spool
-        if self._changes or self._spool:
+        self._unsealed = self._unsealed or unsealed
+        if self._open:
             self._effects += effects
             self._work.set()
         elif self._writing is not None:
@@ -114,7 +124,7 @@ class Journal:
     async def run(self) -> None:
         """Commit batches until `close` was called and nothing is left. Raises what the store or the committer raises."""
         while True:
-            if not self._changes and not self._spool:
+            if not self._open:
                 if self._closing:
                     return
                 self._work = trio.Event()
@@ -127,6 +137,7 @@ class Journal:
         spool, self._spool = self._spool, []
         self._writing, self._effects = self._effects, []
         self.open_bytes = 0
+        self._unsealed = False
         changes += self._store.encode(self._seal())
         if spool:
             if self._store.backend.blocking:

@@ -103,7 +103,7 @@ class Core:
         self._id_prefix = id_prefix.encode()
         self._last_message = 0
         self._last_id = incarnation << 32
-        self._dirty: list[Queue] = []
+        self.dirty: list[Queue] = []  # queues whose descriptor in the store is out of date
         self.by_destination: dict[str, Queue] = {}
         self._subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
@@ -132,16 +132,16 @@ class Core:
     def seal(self) -> list[Operation]:
         """The descriptors that changed since the last call: to be asked when a batch is closed, and to go into it."""
         operations: list[Operation] = []
-        for queue in self._dirty:
+        for queue in self.dirty:
             queue.dirty = False
             operations.append((PUT_QUEUE, queue.record()))
-        self._dirty.clear()
+        self.dirty.clear()
         return operations
 
     def touch(self, queue: Queue) -> None:
         """Note that a queue's descriptor must be written with the open batch."""
         queue.dirty = True
-        self._dirty.append(queue)
+        self.dirty.append(queue)
 
     # ---- connections and consumers
 
@@ -263,7 +263,7 @@ class Core:
         """The last message of a deleted subscription is gone."""
         if self.queues.pop(queue.queue_id, None) is not None:
             if queue.dirty:
-                self._dirty.remove(queue)
+                self.dirty.remove(queue)
             queue.dirty = True  # never again
             self.operations.append((DELETE_QUEUE, queue.queue_id))
 

@@ -256,7 +256,7 @@ class FrameReader:
             command, position, block_left, lines = self._partial_lines
             position += offset
         while True:
-            allowed = max(0, min(limits.header_bytes_max, block_left))
+            allowed = max(0, min(limits.header_bytes_max, block_left - 1))
             end = buffer.find(b"\n", position, position + allowed + 2)
             line = buffer[position : end if end >= 0 else position + allowed + 2]
             if self._carriage_returns and line.endswith(b"\r"):
@@ -265,8 +265,10 @@ class FrameReader:
                 self._check_line(command, line, lines, allowed, end >= 0)
             if end < 0:
                 self._partial_lines = (command, position - offset, block_left, lines)
-                # The first octet of a line is looked at as soon as it comes.
-                self._wait(sought=_LF, cap=position - offset + (allowed + 1 if line else 0))
+                # Looked at again with the first octet of a line, and with the first one too many (after it a CR may
+                # still turn out to end the line).
+                here = len(buffer) - position
+                self._wait(sought=_LF, cap=position - offset + (max(allowed, here) if line else here))
                 return False
             if not line:
                 break
@@ -284,7 +286,7 @@ class FrameReader:
         buffer, maximum = self._buffer, self._limits.command_bytes_max
         end = buffer.find(b"\n", offset, offset + maximum + 2)
         line = buffer[offset : end if end >= 0 else offset + maximum + 2]
-        if _NUL in line:
+        if _NUL in line[: maximum + 1]:
             raise _Refused(
                 ProtocolError(
                     f"a frame's first line must be a command and end in a line feed, not {shown(line[: line.index(_NUL) + 1])}"

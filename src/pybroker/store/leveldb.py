@@ -4,9 +4,8 @@ Traps handled here, each seen in plyvel 1.5 or LevelDB 1.22:
 
 - An iterator that meets a bad block at the end of the database stops as if there were nothing more. So the database
   holds an *end mark*, greater than every other key; an iteration that ends before it is an error.
-- A database closed under another thread's feet crashes the process. So each reader has a lock, `write` has one, and
-  `close` takes them all.
-- LevelDB without its CURRENT file makes a new database and *deletes* the tables of the old one. So that is refused.
+- A database closed under another thread's feet crashes the process; so does a snapshot that is released while it
+  closes. So each reader has a lock, `write` has one, and `close` takes them all.
 - Leaving a ``with write_batch()`` block by an exception writes the partial batch. So there is no such block.
 - `sync` is fixed when a plyvel batch is made. A store asks for the same one nearly always, so the batch is made for
   what the last write asked for, and made again in the rare other case.
@@ -17,17 +16,16 @@ plyvel releases the GIL in `write`, `get`, and each step of an iterator; not whi
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
-from pybroker.errors import StoreDamaged, StoreError, StoreFormatError, StoreLocked
+from pybroker.errors import StoreDamaged, StoreError, StoreFormatError
 from pybroker.store.backend import Change, Entry, Reader
+from pybroker.store.directory import damage_text, hold_directory, locked, prepare_directory, release_directory
 from pybroker.store.resident import ResidentTrim
 
 try:
@@ -48,10 +46,6 @@ OPTIONS: dict[str, Any] = {
     "compression": None,  # a flipped bit then costs one message, not a block; and no processor time
 }
 TRIM_WRITES = 32  # writes between two looks at the resident memory
-DIRECTORY_MODE = 0o700  # messages are nobody else's business
-
-_OURS = re.compile(r"CURRENT|LOCK|LOG|LOG\.old|MANIFEST-\d+|\d+\.(log|ldb|sst|dbtmp)")
-_DATA = re.compile(r"\d+\.(log|ldb|sst)")
 
 
 class LevelDBBackend:
@@ -73,16 +67,21 @@ class LevelDBBackend:
         self._closed = False
         self._sync = True
         self._write_lock = threading.Lock()
-        self._registry_lock = threading.Lock()
-        self._readers: WeakSet[_Reader] = WeakSet()
+        self._registry_lock = threading.RLock()  # a forgotten generator may end, and take it, anywhere
+        self._readers: set[_Reader] = set()
         self._writes = 0
-        _prepare_directory(self.path, create)
+        prepare_directory(self.path, create)
         self._trim = ResidentTrim(self.path)
-        self._db: Any = _open(self.path, create)
+        self._hold = hold_directory(self.path)
         try:
-            self._check_end_mark(adopt)
+            self._db: Any = _open(self.path, create)
+            try:
+                self._check_end_mark(adopt)
+            except BaseException:
+                self._db.close()
+                raise
         except BaseException:
-            self._db.close()
+            release_directory(self._hold)
             raise
 
     def _check_end_mark(self, adopt: bool) -> None:
@@ -152,13 +151,19 @@ class LevelDBBackend:
             self._readers.add(reader)
         return reader
 
+    def reader_closed(self, reader: _Reader) -> None:
+        with self._registry_lock:
+            self._readers.discard(reader)
+        self._trim.check()
+
     def get(self, key: bytes) -> bytes | None:
         with self._reader() as reader:
             return reader.get(key)
 
     def iterate(self, start: bytes, stop: bytes) -> Iterator[Entry]:
-        reader = self._reader()
-        return reader.owned(start, stop)
+        entries = self._reader().owned(start, stop)
+        next(entries)  # now it closes its reader also when nobody takes an entry
+        return entries
 
     def approximate_size(self) -> int:
         """Bytes of all files in the directory."""
@@ -174,9 +179,6 @@ class LevelDBBackend:
         with self._registry_lock:
             self.unverified_reads += 1
 
-    def reader_closed(self) -> None:
-        self._trim.check()
-
     def close(self) -> None:
         with self._registry_lock:
             self._closed = True
@@ -184,7 +186,9 @@ class LevelDBBackend:
         for reader in readers:
             reader.close()
         with self._write_lock:
-            self._db.close()
+            if not self._db.closed:
+                self._db.close()
+                release_directory(self._hold)
 
 
 class _Batch:
@@ -212,26 +216,28 @@ class _Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-        self._backend.reader_closed()
+        self._backend.reader_closed(self)
 
     def close(self) -> None:
         with self._lock:
-            self._snapshot = None  # releases it; iterators of it are closed with the database, or by their generator
+            self._snapshot = (
+                None  # releases it, under the lock; iterators of it are closed with the database, or by their generator
+            )
 
-    def _open_snapshot(self) -> Any:
+    def _check_open(self) -> None:
+        """To be called under the lock. No local name may hold the snapshot: outside of the lock its end is a crash."""
         if self._snapshot is None:
             raise StoreError(f"the store in {self._path} is closed")
-        return self._snapshot
 
     def get(self, key: bytes) -> bytes | None:
         with self._lock:
-            snapshot = self._open_snapshot()
+            self._check_open()
             try:
-                value: bytes | None = snapshot.get(key, verify_checksums=True)
+                value: bytes | None = self._snapshot.get(key, verify_checksums=True)
             except plyvel.Error:
                 self._backend.count_unverified()
                 try:  # the damage may be elsewhere in the block: the value's own checksum decides
-                    value = snapshot.get(key)
+                    value = self._snapshot.get(key)
                 except plyvel.Error as error:
                     raise _damaged(error, self._path) from error
             return value
@@ -243,13 +249,13 @@ class _Reader:
         try:
             while True:
                 with lock:
-                    snapshot = self._open_snapshot()
+                    self._check_open()
                     try:
                         if iterator is None:
-                            iterator = snapshot.iterator(start=start, verify_checksums=verified)
+                            iterator = self._snapshot.iterator(start=start, verify_checksums=verified)
                         key, value = next(iterator)
                     except StopIteration:
-                        raise StoreDamaged(_damage_text("the end mark was not met", self._path)) from None
+                        raise StoreDamaged(damage_text("the end mark was not met", self._path)) from None
                     except plyvel.Error as error:
                         if not verified:
                             raise _damaged(error, self._path) from error
@@ -270,69 +276,35 @@ class _Reader:
                     iterator.close()
 
     def owned(self, start: bytes, stop: bytes) -> Iterator[Entry]:
-        """Iterate, then close the reader."""
+        """Something to start with, the entries, then close the reader."""
         with self:
+            yield b"", b""
             yield from self.iterate(start, stop)
 
 
-# ---- directories
-
-
-def _prepare_directory(path: Path, create: bool) -> None:
-    try:
-        names = {entry.name for entry in path.iterdir()}
-    except FileNotFoundError:
-        if not create:
-            raise StoreError(f"there is no store in {path}") from None
-        _make_directory(path)
-        return
-    except OSError as error:
-        raise StoreError(f"the store's directory {path} can't be read: {error.strerror}") from error
-    if "CURRENT" in names:
-        return
-    if any(_DATA.fullmatch(name) for name in names):
-        raise StoreDamaged(_damage_text("its CURRENT file is missing", path))
-    if not create:
-        raise StoreError(f"there is no store in {path}")
-    foreign = sorted(name for name in names if not is_ours(name))
-    if foreign:
-        raise StoreFormatError(f"{path} is not a store, and not empty: it has {foreign[0]!r}")
-
-
-def _make_directory(path: Path) -> None:
-    """Make it and its parents, durably."""
-    try:
-        missing = [path, *(parent for parent in path.absolute().parents if not parent.exists())]
-        for directory in reversed(missing):
-            directory.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-            descriptor = os.open(directory.absolute().parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise StoreError(f"the store's directory {path} can't be made: {error.strerror}") from error
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file of that name can be LevelDB's."""
-    return _OURS.fullmatch(name) is not None
+# ---- whole directories
 
 
 def repair(path: Path) -> None:
     """LevelDB's own repair, in place: only ever for a copy. Raises `StoreDamaged` when that fails, too."""
+    hold = hold_directory(path)
     try:
         plyvel.repair_db(str(path), **(OPTIONS | {"paranoid_checks": False}))
     except plyvel.Error as error:
         raise _damaged(error, path) from error
+    finally:
+        release_directory(hold)
 
 
 def destroy(path: Path) -> None:
     """Remove a database's files, if nobody has it open; raises `StoreLocked` if somebody has."""
+    hold = hold_directory(path)
     try:
         plyvel.destroy_db(str(path))
     except plyvel.Error as error:
         raise _translated(error, path) from error
+    finally:
+        release_directory(hold)
 
 
 # ---- errors
@@ -355,10 +327,7 @@ def _translated(error: Exception, path: Path) -> StoreError:
     text = _text(error)
     if isinstance(error, plyvel.IOError):
         if "lock " in text and ("already held" in text or "temporarily unavailable" in text):
-            return StoreLocked(
-                f"the store in {path} is open already, in another process or in another broker of this one: "
-                "stop that one, or use another data directory"
-            )
+            return locked(path)
         return StoreError(f"the store in {path}: {text}")
     if isinstance(error, plyvel.CorruptionError):
         return _damaged(error, path)
@@ -368,9 +337,4 @@ def _translated(error: Exception, path: Path) -> StoreError:
 
 
 def _damaged(error: Exception, path: Path) -> StoreDamaged:
-    return StoreDamaged(_damage_text(_text(error), path))
-
-
-def _damage_text(what: str, path: Path) -> str:
-    directory = path.parent if path.name == "store" else path
-    return f"the store in {path} is damaged: {what}; `pybroker store salvage {directory} NEWDIR` copies what is whole"
+    return StoreDamaged(damage_text(_text(error), path))

@@ -90,14 +90,14 @@ class _DeliveryCounts:
         self._order = -1  # of the record that was read last
         self._value: Entry | None = None
 
-    def of(self, order: int) -> int:
-        """The count of a message; to be asked in ascending order."""
+    def of(self, order: int) -> int | None:
+        """The count of a message, None without a record; to be asked in ascending order."""
         try:
             while self._order < order:
                 self._value = next(self._entries, None)
                 self._order = FENCE_ORDER if self._value is None else int.from_bytes(self._value[0][9:], "big")
             if self._order != order or self._value is None:
-                return 0
+                return None
             return decode_number(*self._value)
         except CorruptRecord as error:
             self._corrupt.append(error)

@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 from pybroker.errors import StoreError, StoreFormatError
-from pybroker.store.leveldb import DIRECTORY_MODE, LevelDBBackend, destroy, is_ours
+from pybroker.store.directory import DIRECTORY_MODE, SPOOL_MARKER, is_ours
+from pybroker.store.leveldb import LevelDBBackend, destroy
 from pybroker.store.store import Store
 
-MARKER = "PYBROKER-SPOOL"  # an empty file beside LevelDB's: this directory holds nothing that must be kept
+MARKER = SPOOL_MARKER  # an empty file beside LevelDB's: this directory holds nothing that must be kept
 
 
 def open_spool(path: str | os.PathLike[str]) -> Store:
@@ -44,7 +45,7 @@ def discard(path: str | os.PathLike[str]) -> None:
         names = {entry.name for entry in directory.iterdir()}
     except FileNotFoundError:
         return
-    foreign = sorted(name for name in names if name != MARKER and not is_ours(name))
+    foreign = sorted(name for name in names if not is_ours(name))
     if foreign:
         raise StoreFormatError(f"{directory} is not a spool: it has {foreign[0]!r}; nothing was removed")
     if names and MARKER not in names:

@@ -221,9 +221,7 @@ class Store:
         with self.backend.snapshot() as reader:
             return read_page(reader, queue_id, start_order, count_max, bytes_max)
 
-    def read_due(
-        self, now_ms: int, count_max: int, after: tuple[int, int, int] | None = None
-    ) -> list[DueEntry]:
+    def read_due(self, now_ms: int, count_max: int, after: tuple[int, int, int] | None = None) -> list[DueEntry]:
         """Up to `count_max` rows of the expiry index with ``expires <= now_ms``, in time order. Blocking.
 
         With `after` (expires, queue id, order) only rows behind that one.
