@@ -248,10 +248,14 @@ class Broker:
             return
         if engine.error is None:
             core = engine.begin_turn()
-            for connection in list(core.connections):
+            connections = list(core.connections)
+            for connection in connections:
                 core.disconnect(connection)
             engine.end_turn()
             engine.journal.close()
+            await self._stopped.wait()
+            for connection in connections:  # clients of this process that are still waiting for something
+                connection.sink.fail(BrokerClosed("the broker has stopped"))
         await self._stopped.wait()
 
 

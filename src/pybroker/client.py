@@ -146,6 +146,7 @@ class Client:
         self._connection: Connection | None = None
         self._waiting: set[_Waiter] = set()
         self._publishers: set[Publisher] = set()
+        self._subscriptions: set[Subscription] = set()
         self._transactions = 0
         self._error: BrokerError | None = None
         self.touched = False
@@ -153,9 +154,9 @@ class Client:
     async def __aenter__(self) -> Client:
         if self._connection is not None:
             raise BrokerError("this client is connected already: make another one with broker.connect()")
+        await trio.lowlevel.checkpoint()  # first: nobody would end the connection if this were cancelled behind it
         self._engine = self._find_engine()
         self._connection = self._engine.begin_turn().connect(self, self._client_id)
-        await trio.lowlevel.checkpoint()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -312,12 +313,11 @@ class Client:
             waiter.event.set()
         for publisher in self._publishers:
             publisher.fail(doubt)
-        for consumer in list(self._running_connection.consumers):
-            consumer.context.fail(error)
+        for subscription in self._subscriptions:
+            subscription.fail(error)
 
     def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None:
-        """Engine: one subscription is closed by the broker."""
-        self._running.core.unsubscribe(consumer)
+        """Engine: one subscription was ended by the broker."""
         consumer.context.fail(error)
 
 
@@ -371,9 +371,10 @@ class Publisher:
             core = self._client._begin_turn()
             stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
             start = at
+            crowded = core.crowded
             try:
                 while at < stop:
-                    if at > start and core.full(made[at]) is not None:
+                    if crowded and at > start and core.full(made[at]) is not None:
                         break
                     core.send(made[at])
                     at += 1
@@ -482,6 +483,7 @@ class Subscription:
             context=self,
         )
         self._consumer = consumer
+        self._client._subscriptions.add(self)
         try:
             await self._client._committed(core)  # a durable subscription is there when this returns
         except BaseException:
@@ -499,6 +501,7 @@ class Subscription:
 
     def _leave(self) -> None:
         client = self._client
+        client._subscriptions.discard(self)
         if self._error is None:
             self._error = SubscriptionError("the subscription is closed")
             if client._error is None and client._running.error is None:

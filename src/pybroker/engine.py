@@ -54,7 +54,7 @@ class Sink(Protocol):
         """End the connection, and tell its owner why."""
 
     def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None:
-        """End one subscription (a network connection ends whole), and tell its owner why."""
+        """One subscription was ended by the broker: tell its owner why (a network connection ends whole)."""
 
 
 class Engine:
@@ -103,6 +103,11 @@ class Engine:
     def end_turn(self) -> None:
         """Hand on what the core emitted since the last turn."""
         core = self.core
+        if core.closing:
+            closing, core.closing = core.closing, []
+            for consumer, error in closing:
+                core.unsubscribe(consumer)
+                consumer.sink.fail_consumer(consumer, error)
         if core.instant:
             instant, core.instant = core.instant, []
             for entry in instant:
@@ -115,10 +120,6 @@ class Engine:
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
             self.journal.add(operations, held, spool, bool(core.dirty))
-        if core.closing:
-            closing, core.closing = core.closing, []
-            for consumer, error in closing:
-                consumer.sink.fail_consumer(consumer, error)
         if self._touched:
             self._flush()
         if core.freed:
@@ -204,6 +205,7 @@ class Engine:
         finally:
             self.error = self.error or BrokerClosed("the broker has stopped")
             self._room.set()
+            self.journal.end()
 
     def fail(self, error: BrokerError) -> None:
         """The store can't be trusted any more: end every connection; nothing further is confirmed."""

@@ -81,6 +81,7 @@ class Journal:
         self._work = trio.Event()
         self._room = trio.Event()
         self._closing = False
+        self._ended = False
         self.open_bytes = 0  # bytes of the open batch's changes
         self.batches = 0
         self.changes_written = 0
@@ -117,8 +118,8 @@ class Journal:
             self._release(effects)
 
     async def wait_room(self, bytes_max: int) -> None:
-        """Wait until the open batch is smaller than `bytes_max`."""
-        while self.open_bytes >= bytes_max:
+        """Wait until the open batch is smaller than `bytes_max`, or nothing will ever be written any more."""
+        while self.open_bytes >= bytes_max and not self._ended:
             await self._room.wait()
 
     async def run(self) -> None:
@@ -155,6 +156,11 @@ class Journal:
         self._room.set()
         self._room = trio.Event()
         self._release(effects)
+
+    def end(self) -> None:
+        """`run` has ended, for whatever reason: nobody must wait for room that will not come."""
+        self._ended = True
+        self._room.set()
 
     def close(self) -> None:
         """Let `run` return when everything added so far is committed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
@@ -132,6 +133,7 @@ class Server:
     ) -> None:
         limit = self.config.limits.connections_max
         stream: trio.abc.Stream = transport
+        keep_alive(transport)
         try:
             if context is not None:
                 stream = trio.SSLStream(transport, context, server_side=True, https_compatible=True)
@@ -167,6 +169,15 @@ class Server:
             now = trio.current_time()
             for connection in list(self.beating):
                 connection.beat(now, self.config.stomp.heartbeat_tolerance)
+
+
+def keep_alive(stream: trio.SocketStream) -> None:
+    """Let the system find out that a peer without heart-beats is gone: what it holds returns after about two minutes."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 async def _refuse(stream: trio.abc.Stream, error: BrokerError) -> None:

@@ -48,13 +48,14 @@ ANY_CLIENT = "*"  # owner of durable subscriptions made without a client id (Rab
 class _Subscription:
     """What a connection knows of one of its consumers."""
 
-    __slots__ = ("head", "key", "name", "tags")
+    __slots__ = ("head", "key", "name", "repeats", "tags")
 
     def __init__(self, key: str, name: bytes, head: bytes, tags: dict[bytes, int] | None) -> None:
         self.key = key
         self.name = name  # the first part of its acknowledgement ids
         self.head = head  # the start of its MESSAGE frames
         self.tags = tags  # message id to delivery tag, where acknowledgements name messages (before 1.2)
+        self.repeats = False  # some id came twice: dead letters of one message from several subscriptions
 
 
 class _Last:
@@ -110,8 +111,6 @@ class StompConnection:
                 if self._reading.cancelled_caught and self._session.version is None and not self._ended:
                     limit = f"limit stomp.connect_timeout is {config.stomp.connect_timeout:g} seconds"
                     self._end_with(ProtocolError(f"no CONNECT frame came in time: {limit}"))
-                if not self._ended:
-                    nursery.cancel_scope.cancel()  # the peer has gone
                 nursery.cancel_scope.deadline = trio.current_time() + config.stomp.write_timeout
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("connection %d was broken", self._number)
@@ -168,7 +167,8 @@ class StompConnection:
                 if not going_on:
                     return
                 await self._wait_turn(len(events))
-            if not data:
+            if not data:  # the peer says no more, but may wait for what it asked for
+                self._end_after(b"")
                 return
 
     async def _wait_turn(self, count: int) -> None:
@@ -186,6 +186,7 @@ class StompConnection:
         """Do what the events ask for, in one turn where nothing has to wait; False when no more are to be read."""
         engine = self._engine
         core = engine.begin_turn()
+        crowded = core.crowded
         receipt: bytes | None = None
         try:
             for event in events:
@@ -193,7 +194,7 @@ class StompConnection:
                 if kind is Send:
                     message = event.message  # type: ignore[attr-defined]
                     receipt = event.receipt  # type: ignore[attr-defined]
-                    if core.full(message) is not None:
+                    if crowded and core.full(message) is not None:
                         engine.end_turn()
                         await engine.wait_room(message)
                         core = engine.begin_turn()
@@ -318,6 +319,10 @@ class StompConnection:
                     del tags[key]
             else:
                 del tags[message_id]
+            if consumer.context.repeats:  # the earlier one goes first, then its id stands for the next
+                for other, entry in consumer.unacked.items():
+                    if other > tag:
+                        tags.setdefault(entry.message.message_id, other)
             return consumer, tag
         raise UnknownDelivery(f"message {message_id.decode(errors='replace')!r} is not outstanding on this connection")
 
@@ -382,8 +387,9 @@ class StompConnection:
             self._taken.append(entry)
         else:
             ack_id = b"%b-%d" % (subscription.name, entry.tag)
-            if subscription.tags is not None:
-                subscription.tags[entry.message.message_id] = entry.tag
+            tags = subscription.tags
+            if tags is not None and tags.setdefault(entry.message.message_id, entry.tag) != entry.tag:
+                subscription.repeats = True
         frame = self._session.message_frame(subscription.head, entry.message, deliveries > 0, deliveries + 1, ack_id)
         self._chunks.append(frame)
         self._outbox_bytes += len(frame)

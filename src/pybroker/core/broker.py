@@ -393,6 +393,17 @@ class Core:
             text = f"subscription to /topic/{queue.name} is {limit} messages behind (limit limits.backlog_messages_max)"
             self.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))
 
+    @property
+    def crowded(self) -> bool:
+        """Whether `full` has to be asked for each message: to be looked at once a turn, which brings a bounded amount."""
+        limits = self.limits
+        return bool(
+            self.memory_bytes > limits.memory_bytes_max
+            or self.disk_full
+            or limits.queue_messages_max
+            or (limits.store_bytes_max and self.stored_bytes + self.spooled_bytes > limits.store_bytes_max)
+        )
+
     def full(self, message: Message) -> BrokerFull | None:
         """Why there is no room for the message now, or None when there is. Makes room where it can."""
         limits = self.limits

@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import threading
 
-from pybroker.errors import CorruptRecord
+from pybroker.errors import CorruptRecord, StoreDamaged
 from pybroker.operations import DueEntry
-from pybroker.store.backend import Backend
-from pybroker.store.format import END, EXPIRY, decode_number, expiry_key, parse_key
+from pybroker.store.backend import Backend, Reader
+from pybroker.store.format import (
+    END,
+    EXPIRY,
+    REFERENCE,
+    check,
+    decode_number,
+    decode_reference,
+    expiry_key,
+    flags_of,
+    message_key,
+    parse_key,
+    references_key,
+)
 
 NEVER = 2**64 - 1
 _STOP = bytes((EXPIRY + 1,))
@@ -27,7 +39,7 @@ class DueReader:
         self._reading = threading.Lock()
         self._floor = 0  # no row of the index expires before this
         self._lowered = NEVER  # the smallest row written since the present read began
-        self.corrupt = 0  # bad rows that the last read passed over
+        self.corrupt = 0  # rows that the last read passed over: they, or their messages, are bad
 
     def lower(self, expires: int) -> None:
         """Rows that expire at `expires` or later are in the store now: called when their write has returned."""
@@ -48,22 +60,51 @@ class DueReader:
                 self._lowered = NEVER
             if floor > now_ms:
                 return []
-            due: list[DueEntry] = []
-            first = NEVER
-            corrupt = 0
-            start = expiry_key(floor, 0, 0) if after is None else expiry_key(*after) + b"\0"
-            if after is not None:
-                first = floor  # what stands in front of the row that was named is not looked at
-            for key, value in backend.iterate(start, _STOP):
-                try:
-                    _, expires, queue_id, order = parse_key(key)
-                    first = min(first, expires)
-                    if expires > now_ms or len(due) >= count_max:
-                        break
-                    due.append(DueEntry(expires, queue_id, order, decode_number(key, value)))
-                except CorruptRecord:
-                    corrupt += 1
-            self.corrupt = corrupt
+            with backend.snapshot() as reader:
+                due, first = self._read(reader, floor, now_ms, count_max, after)
             with self._lock:
                 self._floor = min(first, self._lowered)
             return due
+
+    def _read(
+        self, reader: Reader, floor: int, now_ms: int, count_max: int, after: tuple[int, int, int] | None
+    ) -> tuple[list[DueEntry], int]:
+        """The rows that are due, and the time of the first live row."""
+        due: list[DueEntry] = []
+        first = NEVER
+        start = expiry_key(floor, 0, 0)
+        if after is not None:
+            first = floor  # what stands in front of the row that was named is not looked at
+            start = expiry_key(*after) + b"\0"
+        self.corrupt = 0
+        for key, value in reader.iterate(start, _STOP):
+            try:
+                _, expires, queue_id, order = parse_key(key)
+                first = min(first, expires)
+                if expires > now_ms or len(due) >= count_max:
+                    break
+                size = decode_number(key, value)
+                due.append(DueEntry(expires, queue_id, order, size, *_shared_body(reader, queue_id, order)))
+            except CorruptRecord:
+                self.corrupt += 1
+        return due, first
+
+
+def _shared_body(reader: Reader, queue_id: int, order: int) -> tuple[int, int]:
+    """The body that a message refers to and the references to it, or zeros; `CorruptRecord` for what isn't whole."""
+    key = message_key(queue_id, order)
+    try:
+        value = reader.get(key)
+        if value is None:
+            raise CorruptRecord(key, "the message of a row in the expiry index is missing")
+        if not flags_of(value) & REFERENCE:
+            check(key, value)
+            return 0, 0
+        body_id = decode_reference(key, value)[0]
+        count_key = references_key(body_id)
+        count = reader.get(count_key)
+    except StoreDamaged as error:
+        raise CorruptRecord(key, f"it can't be read: {error}") from error
+    if count is None:
+        raise CorruptRecord(count_key, "the count of references is missing")
+    return body_id, decode_number(count_key, count)

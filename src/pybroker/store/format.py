@@ -43,7 +43,7 @@ DURABLE = 0x01
 REFERENCE = 0x02
 FENCE = 0x04
 
-KINDS = {"queue": 1, "subscription": 2}
+KINDS = {"queue": 1, "subscription": 2, "deleted": 3}  # deleted: its messages are still being removed
 _KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 VERSION = 1  # of each value

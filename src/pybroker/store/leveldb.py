@@ -186,9 +186,17 @@ class LevelDBBackend:
         for reader in readers:
             reader.close()
         with self._write_lock:
-            if not self._db.closed:
-                self._db.close()
-                release_directory(self._hold)
+            self._close_database()
+
+    def _close_database(self) -> None:
+        if not self._db.closed:
+            self._db.close()
+            release_directory(self._hold)
+
+    def __del__(self) -> None:
+        """Forgotten rather than closed: plyvel closes it anyway, and the claim on the directory must end with that."""
+        if hasattr(self, "_db"):
+            self._close_database()
 
 
 class _Batch:

@@ -113,6 +113,7 @@ class Store:
         """What the operations change, key by key. Cheap, for the event loop; in the order of the batches."""
         changes: list[Change] = []
         add = changes.append
+        fenced = self._fenced
         message_key = fmt.message_key
         encode_message = fmt.encode_message
         for operation in operations:
@@ -121,6 +122,8 @@ class Store:
                 _, queue_id, order, message = operation
                 key = message_key(queue_id, order)
                 add((key, encode_message(key, message)))
+                if queue_id not in fenced:  # in a spool: there queues have no descriptors
+                    self._put_fences(add, queue_id)
                 if message.expires:
                     self._put_expiry(add, message.expires, queue_id, order, message.size)
             elif tag == DELETE_MESSAGE:
@@ -167,12 +170,15 @@ class Store:
         key = fmt.queue_key(queue_id)
         add((key, fmt.encode_queue(key, record)))
         if queue_id not in self._fenced:
-            self._fenced.add(queue_id)
-            for fence in fences(queue_id):
-                add((fence, fmt.encode_fence(fence)))
-            if queue_id >= self.next_queue_id:
-                self.next_queue_id = queue_id + 1
-                self._put_ids(add)
+            self._put_fences(add, queue_id)
+        if queue_id >= self.next_queue_id:
+            self.next_queue_id = queue_id + 1
+            self._put_ids(add)
+
+    def _put_fences(self, add: Any, queue_id: int) -> None:
+        self._fenced.add(queue_id)
+        for fence in fences(queue_id):
+            add((fence, fmt.encode_fence(fence)))
 
     def _delete_queue(self, add: Any, queue_id: int) -> None:
         add((fmt.queue_key(queue_id), None))
@@ -226,13 +232,14 @@ class Store:
 
         With `after` (expires, queue id, order) only rows behind that one.
 
-        A row stays until the message's DELETE_MESSAGE is written. Bad rows are passed over; `corrupt_due` counts them.
+        A row stays until the message's DELETE_MESSAGE is written. Bad rows, and those of bad messages, are passed over;
+        `corrupt_due` counts them.
         """
         return self._due.read(self.backend, now_ms, count_max, after)
 
     @property
     def corrupt_due(self) -> int:
-        """Bad rows of the expiry index that the last `read_due` met."""
+        """Rows of the expiry index that the last `read_due` passed over: they, or their messages, are bad."""
         return self._due.corrupt
 
     def close(self) -> None:
