@@ -105,9 +105,9 @@ class Engine:
         core = self.core
         if core.closing:
             closing, core.closing = core.closing, []
-            for consumer, error in closing:
-                core.unsubscribe(consumer)
-                consumer.sink.fail_consumer(consumer, error)
+            for overrun, error in closing:
+                core.unsubscribe(overrun)
+                overrun.sink.fail_consumer(overrun, error)
         if core.instant:
             instant, core.instant = core.instant, []
             for entry in instant:
