@@ -21,10 +21,11 @@ from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull
-from pybroker.journal import Committer, Journal, LocalCommitter
+from pybroker.journal import Journal, LocalCommitter
 from pybroker.message import Message
 from pybroker.operations import DueEntry
 from pybroker.spool import Spool
+from pybroker.store.committer import Committer
 from pybroker.store.pages import Page
 from pybroker.store.store import Store
 

@@ -8,31 +8,14 @@ process's store; a replicated one sends it to the followers first. DESIGN.md sec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 
 from pybroker.operations import Operation
 from pybroker.store.backend import Change
+from pybroker.store.committer import Batch, Committer
 from pybroker.store.store import Store
-
-
-class Batch:
-    """Changes that become durable together, and the position `(epoch, lsn)` that they bring the store to."""
-
-    __slots__ = ("changes", "position")
-
-    def __init__(self, changes: list[Change], position: tuple[int, int]) -> None:
-        self.changes = changes
-        self.position = position
-
-
-class Committer(Protocol):
-    """Makes batches durable, one at a time, in order of their positions."""
-
-    async def commit(self, batch: Batch) -> None:
-        """Return when the batch is as safe as it was asked to be. Any error means: nobody knows whether it is stored."""
-        ...
 
 
 class LocalCommitter:

@@ -31,6 +31,7 @@ from pybroker.protocols.stomp_events import (
     Subscribe,
     Unsubscribe,
 )
+from pybroker.protocols.stomp_headers import HEARTBEAT
 from pybroker.protocols.stomp_session import StompSession
 
 if TYPE_CHECKING:
@@ -405,8 +406,7 @@ class StompConnection:
                 self._put(token.data)
             self._ending = True
         else:
-            self._session.receipt(token)
-            self._put(self._session.data_to_send())
+            self._put(self._session.receipt_frame(token))
 
     def flush(self) -> None:
         """Engine: the turn is over."""
@@ -435,7 +435,6 @@ class StompConnection:
             return
         due = session.heartbeat_send_ms and now - self.last_sent >= session.heartbeat_send_ms / 1000 * 0.5
         if due and not self._outbox_bytes:
-            session.heartbeat()
-            self._put(session.data_to_send())
+            self._put(HEARTBEAT)
             self.last_sent = now
             self.flush()

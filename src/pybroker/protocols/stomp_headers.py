@@ -14,6 +14,7 @@ from pybroker.errors import ProtocolError
 from pybroker.message import decode_headers, escape
 
 VERSIONS = ("1.2", "1.1", "1.0")  # what is spoken, best first
+HEARTBEAT = b"\n"
 
 Headers = list[tuple[str, str]]
 

@@ -21,6 +21,7 @@ from pybroker.message import PRIORITY_DEFAULT, Message
 from pybroker.protocols.stomp_events import Ack, Connect, Disconnect, Event, Failed, Send
 from pybroker.protocols.stomp_frames import FrameReader
 from pybroker.protocols.stomp_headers import (
+    HEARTBEAT,
     VERSIONS,
     Headers,
     block_for,
@@ -83,6 +84,7 @@ class StompSession:
         self._client_id: str | None = None
         self._negotiated = "1.2"
         self._said_error = False
+        self._failure: bytes | None = None  # the ERROR frame of a `Failed` event
         self._destinations: dict[str, bytes] = {}
         self.version: str | None = None  # negotiated; None before CONNECT
         self.heartbeat_send_ms = 0
@@ -188,20 +190,29 @@ class StompSession:
 
     def receipt(self, receipt_id: bytes) -> None:
         """Confirm a frame: ``receipt_id`` is the event's ``receipt``."""
-        self._output.append(b"RECEIPT\nreceipt-id:" + receipt_id + b"\n\n\0")
+        self._output.append(self.receipt_frame(receipt_id))
+
+    def receipt_frame(self, receipt_id: bytes) -> bytes:
+        """One RECEIPT frame; it is returned, not added to the output (where an ERROR may wait for its turn)."""
+        return b"RECEIPT\nreceipt-id:" + receipt_id + b"\n\n\0"
 
     def error(self, error: BrokerError | str, receipt_id: bytes | None = None) -> None:
         """Say ERROR, after which nothing is read any more; the owner closes the connection once it is sent.
 
-        After an ERROR (also that of a `Failed` event) nothing more is said.
+        After an ERROR nothing more is said. One of a `Failed` event that is still in the output gives way: its frame
+        came after the one that this error is about, or was not reached.
         """
+        if self._failure is not None and self._output and self._output[-1] is self._failure:
+            self._output.pop()
+            self._failure = None
+            self._said_error = False
         text = str(error).encode("utf-8", "replace").decode()
         code = error.code if isinstance(error, BrokerError) else BrokerError.code
         self._error([("message", text), ("code", code)], text, receipt_id)
 
     def heartbeat(self) -> None:
         """Say that this side is alive."""
-        self._output.append(b"\n")
+        self._output.append(HEARTBEAT)
 
     def message_head(self, subscription_id: str | None) -> bytes:
         """The start of all MESSAGE frames of one subscription, for `message_frame`."""
@@ -284,6 +295,7 @@ class StompSession:
             self._error(headers, text, None)
         else:
             self.error(error, receipt)
+        self._failure = self._output[-1]
         return Failed(error)
 
     def _error(self, headers: Headers, text: str, receipt_id: bytes | None) -> None:
