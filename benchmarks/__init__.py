@@ -1,0 +1,1 @@
+"""The benchmark suite: ``python -m benchmarks``. Measures the broker from outside; the package never imports it."""
