@@ -38,6 +38,7 @@ class Limits:
     transaction_messages_max: int = 10_000  # sends and acknowledgements in one transaction
     transaction_bytes_max: int = 64 * 1024 * 1024  # bytes of the messages sent in one transaction
     prefetch_default: int = 1_000  # messages a consumer may hold unacknowledged when it does not say
+    prefetch_auto_default: int = 4_000  # the same with automatic acknowledgement, where it bounds what is on its way
     prefetch_max: int = 32_767  # the most that a consumer may ask for
     prefetch_bytes_max: int = 16 * 1024 * 1024  # bytes a consumer may hold unacknowledged (one message always may)
     outbox_bytes_max: int = 1024 * 1024  # bytes waiting for one connection's socket before its consumers pause

@@ -17,7 +17,7 @@ from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, Limit
 from pybroker.listeners import ListenerConfig, check_exposure, make_ssl_context, parse_listener
 from pybroker.protocols.stomp_headers import encode_frame
 from pybroker.protocols.stomp_send import HeaderMemo
-from pybroker.stomp_server import StompConnection
+from pybroker.stomp_server import StompConnection, linger
 from pybroker.users import Users
 
 log = logging.getLogger("pybroker.server")
@@ -185,7 +185,7 @@ async def _refuse(stream: trio.abc.Stream, error: BrokerError) -> None:
     headers = [("message", str(error)), ("code", error.code), ("content-type", "text/plain")]
     with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.send_all(encode_frame("ERROR", headers, None, str(error).encode()))
-        await stream.aclose()
+        await linger(stream)
     await trio.aclose_forcefully(stream)
 
 

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("pybroker.stomp")
 
 RECEIVE_BYTES = 65_536  # most bytes of one read
-LINGER_BYTES_MAX = 1_048_576  # bytes a peer may still send after the last frame, so that it gets to read that frame
+LINGER_BYTES_MAX = (
+    64 * 1_048_576
+)  # bytes a peer may still send after the last frame, so that it gets to read that frame
 LINGER = 1.0  # seconds for it
 ACK_MODES = {"auto": AUTO, "client": CUMULATIVE, "client-individual": INDIVIDUAL}
 ANY_CLIENT = "*"  # owner of durable subscriptions made without a client id (RabbitMQ's convention)
@@ -94,6 +96,7 @@ class StompConnection:
         self._work = trio.Event()
         self._drained: trio.Event | None = None
         self._reading = trio.CancelScope()
+        self._listening = False  # the reader waits for the peer, not for room
         self.touched = False
         self.last_received = trio.current_time()
         self.last_sent = self.last_received
@@ -156,7 +159,9 @@ class StompConnection:
         session = self._session
         turn_max = self._server.config.limits.turn_messages_max
         while True:
+            self._listening = True
             data = await self._stream.receive_some(RECEIVE_BYTES)
+            self._listening = False
             self.last_received = trio.current_time()
             session.receive_data(bytes(data))
             while events := session.next_events(turn_max):
@@ -355,23 +360,9 @@ class StompConnection:
                 engine.end_turn()
             if self._drained is not None and self._outbox_bytes <= self._outbox_max:
                 self._drained.set()
-        await self._linger()
-        scope.cancel()
-
-    async def _linger(self) -> None:
-        """Let the peer read the last frame: closing with unread input would make the kernel throw that frame away."""
         self._reading.cancel()
-        with trio.move_on_after(LINGER):
-            try:
-                if isinstance(self._stream, trio.SocketStream):
-                    await self._stream.send_eof()
-                    left = LINGER_BYTES_MAX
-                    while left > 0 and (data := await self._stream.receive_some(RECEIVE_BYTES)):
-                        left -= len(data)
-                else:
-                    await self._stream.aclose()
-            except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError):
-                log.debug("connection %d: the peer did not wait for the end", self._number)
+        await linger(self._stream)
+        scope.cancel()
 
     def _put(self, data: bytes) -> None:
         self._chunks.append(data)
@@ -427,6 +418,8 @@ class StompConnection:
         session = self._session
         if self._ended:
             return
+        if not self._listening:
+            self.last_received = now  # its heart-beats wait unread: it can't be told whether it is silent
         if session.heartbeat_receive_ms and now - self.last_received > session.heartbeat_receive_ms / 1000 * tolerance:
             silence = (
                 f"no heart-beat for {now - self.last_received:.1f} s, {session.heartbeat_receive_ms} ms were agreed"
@@ -438,3 +431,17 @@ class StompConnection:
             self._put(HEARTBEAT)
             self.last_sent = now
             self.flush()
+
+
+async def linger(stream: trio.abc.Stream) -> None:
+    """Let the peer read the last frame: closing with unread input would make the kernel throw that frame away."""
+    socket = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    with trio.move_on_after(LINGER):
+        try:
+            if isinstance(socket, trio.abc.HalfCloseableStream):
+                await socket.send_eof()
+            left = LINGER_BYTES_MAX
+            while left > 0 and (data := await socket.receive_some(RECEIVE_BYTES)):
+                left -= len(data)
+        except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("a peer did not wait for the end")

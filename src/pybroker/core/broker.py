@@ -183,7 +183,7 @@ class Core:
         if ack_mode not in ACK_MODES:
             raise SubscriptionError(f"acknowledgement mode {ack_mode!r} is not one of {', '.join(ACK_MODES)}")
         if prefetch is None:
-            prefetch = limits.prefetch_default
+            prefetch = limits.prefetch_auto_default if ack_mode == AUTO else limits.prefetch_default
         elif prefetch < 1:
             raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
         prefetch = min(prefetch, limits.prefetch_max)
