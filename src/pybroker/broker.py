@@ -89,7 +89,7 @@ class Broker:
         self.software = f"pybroker/{version('pybroker')}"
         self._engine: Engine | None = None
         self._why_not = BrokerClosed("the broker is not running")
-        self._server = Server(config, self._running, self.software)
+        self._server = Server(config, self._serving, self.software)
         self._stopping = False
         self._stopped = trio.Event()
         self._role_changed = trio.Event()
@@ -128,7 +128,7 @@ class Broker:
 
     def connect(self, client_id: str = "") -> Client:
         """A client in this process: ``async with broker.connect() as client``. Durable subscriptions need a client id."""
-        return Client(self._running, client_id)
+        return Client(self._serving, client_id)
 
     def statistics(self) -> BrokerStatistics:
         """What there is at this moment. Raises BrokerClosed while the store is not open."""
@@ -178,6 +178,11 @@ class Broker:
         if self._engine is None:
             raise self._why_not
         return self._engine
+
+    def _serving(self) -> Engine:
+        if self._stopping:
+            raise STOPPING
+        return self._running()
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Keep a store open and an engine running until `_stop`; raises only what happens before it is ready."""
@@ -251,6 +256,8 @@ class Broker:
             connections = list(core.connections)
             for connection in connections:
                 core.disconnect(connection)
+                if isinstance(connection.sink, Client):  # or else one that never pauses would keep the journal going
+                    connection.sink.refuse(STOPPING)
             engine.end_turn()
             engine.journal.close()
             await self._stopped.wait()

@@ -302,6 +302,10 @@ class Client:
     def flush(self) -> None:
         """Engine: the turn is over."""
 
+    def refuse(self, error: BrokerError) -> None:
+        """Broker: it is stopping, and has ended the connection. What is in flight is still confirmed, nothing new taken."""
+        self._error = self._error or error
+
     def fail(self, error: BrokerError) -> None:
         """Engine: the journal failed; nothing in flight will ever be confirmed."""
         self._error = error
@@ -309,8 +313,9 @@ class Client:
             f"{error}; what was in flight may be stored or not: send it again where a repeat does no harm"
         )
         for waiter in self._waiting:
-            waiter.error = doubt
-            waiter.event.set()
+            if not waiter.event.is_set():  # set: confirmed, and its task has only not run since
+                waiter.error = doubt
+                waiter.event.set()
         for publisher in self._publishers:
             publisher.fail(doubt)
         for subscription in self._subscriptions:
@@ -549,10 +554,12 @@ class Subscription:
             self._client._running.end_turn()
         return received
 
-    async def ack(self, messages: Sequence[ReceivedMessage]) -> None:
+    async def ack(self, messages: Sequence[ReceivedMessage], *, confirm: bool = True) -> None:
         """Acknowledge messages of this subscription (cumulative: the last one is enough); returns when that is committed.
 
-        Raises UnknownDelivery for one that was settled before; those in front of it are acknowledged.
+        With ``confirm=False`` it returns at once, and the next message can be worked on while this is being committed; after a
+        crash such a message may be delivered again. Raises UnknownDelivery for one that was settled before; those in
+        front of it are acknowledged.
         """
         core = self._client._begin_turn()
         consumer = self._running
@@ -564,7 +571,11 @@ class Subscription:
         except BrokerError:
             self._client._running.end_turn()
             raise
-        await self._client._committed(core)
+        if confirm:
+            await self._client._committed(core)
+        else:
+            self._client._running.end_turn()
+            await trio.lowlevel.checkpoint()
 
     async def nack(self, messages: Sequence[ReceivedMessage]) -> None:
         """Give messages back; returns when that is committed."""

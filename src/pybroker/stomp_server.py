@@ -40,10 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("pybroker.stomp")
 
 RECEIVE_BYTES = 65_536  # most bytes of one read
-LINGER_BYTES_MAX = (
-    64 * 1_048_576
-)  # bytes a peer may still send after the last frame, so that it gets to read that frame
-LINGER = 1.0  # seconds for it
+# What a peer may still send after the last frame, in bytes and seconds, so that it gets to read that frame.
+LINGER_BYTES_MAX = 64 * 1024 * 1024
+LINGER = 1.0
 ACK_MODES = {"auto": AUTO, "client": CUMULATIVE, "client-individual": INDIVIDUAL}
 ANY_CLIENT = "*"  # owner of durable subscriptions made without a client id (RabbitMQ's convention)
 
