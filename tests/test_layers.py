@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "store": ("store",),
     "cluster": ("cluster",),
     "run time": ("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
-    "face": ("broker", "client", "remote", "cli", "settings", "__main__", ""),
+    "face": ("broker", "client", "subscription", "remote", "cli", "settings", "__main__", ""),
 }
 
 # Layer -> the layers that it may import beside itself.

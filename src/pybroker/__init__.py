@@ -4,7 +4,7 @@
 """
 
 from pybroker.broker import Broker, BrokerStatistics, DestinationStatistics, open_broker
-from pybroker.client import Client, Confirmation, Publisher, ReceivedMessage, Subscription
+from pybroker.client import Client, Confirmation, Publisher
 from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, StompLimits
 from pybroker.errors import (
     AuthenticationFailed,
@@ -28,6 +28,7 @@ from pybroker.errors import (
     UnknownDelivery,
 )
 from pybroker.settings import load_config
+from pybroker.subscription import ReceivedMessage, Subscription
 from pybroker.users import hash_password
 
 __all__ = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ from pybroker.store.salvage import salvage
 from pybroker.users import hash_password
 
 DEFAULT_URL = "stomp://127.0.0.1:61613"
+LOG_LEVEL = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False)
+PIPE_WIDTH = 2_000  # columns of a table that goes into a file or a pipe: no name is broken or cut there
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,7 +47,7 @@ def cli() -> None:
 @click.option("--listen", multiple=True, metavar="URL", help="stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=F&key=F.")
 @click.option("--user", "users", multiple=True, metavar="NAME:PASSWORD", help="A user who may connect; repeatable.")
 @click.option("--anonymous/--no-anonymous", default=None, help="Whether a login is not needed.")
-@click.option("--log-level", default="INFO", help="Of the log on stderr.")
+@click.option("--log-level", type=LOG_LEVEL, default="INFO", show_default=True, help="Of the log on stderr.")
 def serve(
     config: Path | None,
     name: str | None,
@@ -55,9 +58,7 @@ def serve(
     log_level: str,
 ) -> None:
     """Run a broker until SIGTERM. CONFIG is a TOML file of the same fields; flags go before it."""
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     loaded = load_config(config) if config is not None else BrokerConfig()
     overrides: dict[str, Any] = {"name": name, "data_dir": data_dir, "anonymous": anonymous, "listen": listen or None}
     if users:  # with the others: what `anonymous` means depends on whether there are any
@@ -75,6 +76,17 @@ def _user(text: str) -> tuple[str, str]:
     if not colon or not name:
         raise click.BadParameter("--user must look like NAME:PASSWORD")
     return name, hash_password(password)
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name:
+        raise click.BadParameter("--header must look like NAME:VALUE")
+    return name, value
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 async def _serve(config: BrokerConfig) -> None:
@@ -115,8 +127,8 @@ def send(
     ca: Path | None,
 ) -> None:
     """Send BODY (or standard input) to DESTINATION, and wait until it is confirmed."""
-    data = sys.stdin.buffer.read() if body is None else body.encode()
-    lines = [(name, value) for name, _, value in (header.partition(":") for header in headers)]
+    data = sys.stdin.buffer.read() if body is None else os.fsencode(body)
+    lines = [_header(header) for header in headers]
     if transient:
         lines.append(("persistent", "false"))
 
@@ -181,7 +193,7 @@ def status(data_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer, indent=2))
         return
-    console = Console()
+    console = _console()
     for key in ("name", "role", "epoch", "lsn", "connections", "memory_bytes", "stored_bytes", "spooled_bytes"):
         console.print(f"{key}: {answer[key]}", highlight=False)
     for url in answer["listeners"]:
@@ -231,7 +243,7 @@ def _progress(verb: str) -> Any:
 
 
 def _show_report(report: Report) -> None:
-    console = Console(soft_wrap=True)
+    console = _console()
     if sys.stderr.isatty():
         print(file=sys.stderr)
     console.print(f"store {report.store_id or '(unknown)'} at {report.path}", highlight=False)

@@ -115,19 +115,23 @@ async def connect_stomp(
     url: str, user: tuple[str, str] | None = None, ca: Path | None = None
 ) -> AsyncIterator[RemoteClient]:
     """Connect to ``stomp://HOST:PORT`` or ``stomp+ssl://HOST:PORT``. Raises ConfigurationError, BrokerError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("stomp", "stomp+ssl") or not parts.hostname or not parts.port:
+    try:
+        parts = urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # brackets that don't close, or a port that is no number
+        scheme, host, port = "", None, None
+    if scheme not in ("stomp", "stomp+ssl") or not host or not port:
         raise ConfigurationError(f"{url!r} is not a broker's address: it must look like stomp://HOST:PORT")
     try:
-        stream: trio.abc.Stream = await trio.open_tcp_stream(parts.hostname, parts.port)
+        stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)
     except OSError as error:
         raise BrokerError(f"no connection to {url}: {error}") from None
-    if parts.scheme == "stomp+ssl":
+    if scheme == "stomp+ssl":
         context = ssl.create_default_context(cafile=ca)
-        stream = trio.SSLStream(stream, context, server_hostname=parts.hostname, https_compatible=True)
+        stream = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
     try:
         client = RemoteClient(stream, StompClientSession())
-        await client._open(parts.hostname, user)
+        await client._open(host, user)
         yield client
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         raise BrokerError(f"the connection to {url} broke: {error.__cause__ or error}") from error

@@ -63,6 +63,7 @@ class _Verification:
         self.store_id = ""
         self.starts = 0
         self.position = (0, 0)
+        self.history: list[tuple[int, int]] = []
         self.ids: tuple[int, int] | None = None
         self.keys = 0
         self.bytes = 0
@@ -119,6 +120,8 @@ class _Verification:
                 self._body(key, value, numbers[0])
             elif tag == fmt.REFERENCES:
                 self.bodies.setdefault(numbers[0], _References()).left = fmt.decode_number(key, value)
+            elif tag == fmt.HISTORY:
+                self.history.append((numbers[0], fmt.decode_number(key, value)))
             elif tag == fmt.META:
                 self._meta(value)
             elif tag == fmt.POSITION:
@@ -216,6 +219,7 @@ class _Verification:
             if not any(problem.key == fmt.IDS_KEY for problem in self.problems.listed):
                 add(fmt.IDS_KEY, "missing", "the store's IDS record")
             self.ids = (fmt.ID_MAX, fmt.ID_MAX)
+        self._conclude_history()
         for queue_id, found in self._sorted():
             self._conclude_queue(queue_id, found)
         for body_id, references in sorted(self.bodies.items()):
@@ -223,6 +227,18 @@ class _Verification:
         highest = max(self.queues, default=0), max(self.bodies, default=0)
         if highest[0] >= self.ids[0] or highest[1] >= self.ids[1]:
             add(fmt.IDS_KEY, "ids", f"ids up to {highest} are in use, not below the bounds {self.ids}")
+
+    def _conclude_history(self) -> None:
+        """Records come in order of epochs. A missing one may be among those that were said to be corrupt."""
+        last = -1
+        for epoch, lsn in self.history:
+            if lsn <= last or lsn > self.position[1]:
+                text = f"its first lsn {lsn} is not above {last}, or beyond the position {self.position}"
+                self.problems.add(fmt.history_key(epoch), "history", text)
+            last = lsn
+        if self.history and self.history[-1][0] != self.position[0]:
+            text = f"the position {self.position} is not in the last epoch {self.history[-1][0]} of the history"
+            self.problems.add(fmt.POSITION_KEY, "history", text)
 
     def _conclude_queue(self, queue_id: int, found: _Found) -> None:
         key = fmt.queue_key(queue_id)

@@ -19,6 +19,7 @@ MAGIC = b"pybroker store\n"
 
 # ---- tags: the first byte of each key. On disk: do not change.
 
+HISTORY = 0x0F  # | epoch: the first lsn of that epoch. Read at open with the descriptors: META ends both ranges
 QUEUE = 0x10  # | queue_id: a queue's descriptor
 META = 0x11  # alone: what the store is. Always there: it ends the range of descriptors
 POSITION = 0x12  # alone: the (epoch, lsn) of the last batch
@@ -73,6 +74,10 @@ _META = Struct(">BI8sQ")  # version, format, store id, starts
 # ---- keys
 
 
+def history_key(epoch: int) -> bytes:
+    return _key8(HISTORY, epoch)
+
+
 def queue_key(queue_id: int) -> bytes:
     return _key8(QUEUE, queue_id)
 
@@ -105,7 +110,7 @@ def parse_key(key: bytes) -> tuple[int, ...]:
         numbers: tuple[int, ...] = _unkey16(key)
     elif tag == EXPIRY and size == 25:
         numbers = _unkey24(key)
-    elif tag in (QUEUE, BODY, REFERENCES) and size == 9:
+    elif tag in (QUEUE, BODY, REFERENCES, HISTORY) and size == 9:
         numbers = _unkey8(key)
     elif tag in (META, POSITION, IDS) and size == 1:
         numbers = (tag,)
@@ -222,7 +227,7 @@ def decode_fence(key: bytes, value: bytes) -> None:
         raise CorruptRecord(key, "the value is not a fence")
 
 
-# ---- numbers: delivery counts, references left, sizes in the expiry index; position and ids
+# ---- numbers: delivery counts, references left, sizes in the expiry index, first lsns; position and ids
 
 
 def encode_number(key: bytes, number: int) -> bytes:

@@ -34,7 +34,7 @@ NOTE_REPAIR = (
     "LevelDB refused the directory, so its own repair ran on a side copy: messages that were deleted before may be "
     "back, and messages of damaged tables may be missing without being listed"
 )
-NOTE_POSITION = "the position of the last batch could not be read; the new store starts at (0, 0)"
+NOTE_POSITION = "the position of the last batch could not be read"
 
 # POSIX locks belong to a process, and closing any descriptor of the file drops them: so another process has to ask.
 _LOCK_PROBE = """
@@ -59,6 +59,8 @@ def salvage(path: str | os.PathLike[str], new_path: str | os.PathLike[str], prog
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target} is not empty: salvage makes a new data directory and overwrites nothing")
     _refuse_locked(source)
+    if not any(entry.suffix in (".ldb", ".sst", ".log") for entry in source.iterdir()):
+        raise StoreFormatError(f"there is no store in {source}: no file there holds messages")
     side = target / SIDE_COPY
     notes = [NOTE_IDENTITY]
     try:
@@ -132,6 +134,7 @@ class _Salvage:
         self.store_id = ""
         self.starts = 0
         self.position: tuple[int, int] | None = None
+        self.epoch = 0  # the last one that the history has
         self.ids = (1, 1)
         self.keys = 0
         self.bytes = 0
@@ -189,6 +192,8 @@ class _Salvage:
             self.store_id = store_id.hex()
         elif tag == fmt.POSITION:
             self.position = fmt.decode_pair(key, value)
+        elif tag == fmt.HISTORY:
+            self.epoch = max(self.epoch, numbers[0])
         elif tag == fmt.IDS:
             self.ids = fmt.decode_pair(key, value)
         # REFERENCES and EXPIRY are made anew.
@@ -274,8 +279,16 @@ class _Salvage:
         self._flush()
         if self.position is None:
             self.notes.append(NOTE_POSITION)
-        self.store.write(self.store.prepare([], self.position or (0, 0)), True)
+        self._write_position(*(self.position or (0, 0)))
         return records
+
+    def _write_position(self, epoch: int, lsn: int) -> None:
+        """One that no other copy went through, because what it stands for is not all here; see FORMAT.md, "History"."""
+        epoch = max(epoch, self.epoch)
+        if epoch:
+            self.store.apply([self.store.history_change(epoch, 0)], (epoch, 0), True)
+        else:
+            self.store.apply([], (0, max(lsn, 1)), True)
 
     def _records(self) -> list[QueueRecord]:
         names = {queue.record.name for queue in self.queues.values() if queue.record and queue.record.kind == QUEUE}

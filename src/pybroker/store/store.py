@@ -1,12 +1,14 @@
 """The store: operations in, batches out, pages back. Owns ids, positions and what is read at open; no plyvel, no trio.
 
-Follows DESIGN.md section 4. The store holds the *state*: a key per live message. Opening reads queue descriptors and
-three more keys, never a message. What may block says so; it belongs into a worker thread if `backend.blocking`.
+Follows DESIGN.md section 4. The store holds the *state*: a key per live message. Opening reads the history of epochs,
+the queue descriptors and three more keys, never a message. What may block says so; it belongs into a worker thread if
+`backend.blocking`.
 """
 
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,10 +41,13 @@ class Store:
     store_id        16 hexadecimal digits, made with the store: its identity, and that of no copy
     starts          how often it has been opened, this time included; on disk before `open` returns
     position        ``(epoch, lsn)`` of the last batch in it
-    records         the descriptors of its queues, in order of their ids
+    history         ``(epoch, first lsn)`` of each epoch that the store went through, rising; what comes before the first
+                    record is epoch 0. Kept up by `write`
+    records         the descriptors of its queues, in order of their ids, as they were at `open` or `reload`
     next_queue_id   ids from here on were never used, in no life of this store. An id's first use raises the bound in
     next_body_id    the very batch that uses it, so that both are on the disk or neither. (Body ids are reserved in
-                    blocks: the bound may be above what was used.) Both are kept up while operations are encoded
+                    blocks: the bound may be above what was used.) Both are kept up while operations are encoded, and
+                    when batches that others encoded are prepared
     """
 
     def __init__(self, backend: Backend, store_id: str, starts: int) -> None:
@@ -50,12 +55,12 @@ class Store:
         self.store_id = store_id
         self.starts = starts
         self.position = (0, 0)
+        self.history: list[tuple[int, int]] = [(0, 0)]
         self.records: list[QueueRecord] = []
         self.next_queue_id = 1
         self.next_body_id = 1
         self._fenced: set[int] = set()  # queues whose fences are in the store, or in a batch under way
         self._due = DueReader()
-        self._expires_seen = False  # whether a message that expires was ever encoded here
         self.reload()
 
     @classmethod
@@ -91,7 +96,7 @@ class Store:
         return cls(backend, store_id.hex(), starts)
 
     def reload(self) -> None:
-        """Read again what `open` reads: after batches that others encoded were written (a follower's). Blocking."""
+        """Read again what `open` reads: before a core stands on a store that others' batches were applied to. Blocking."""
         try:
             with self.backend.snapshot() as reader:
                 value = reader.get(fmt.POSITION_KEY)
@@ -100,12 +105,38 @@ class Store:
                 if value is None:
                     raise CorruptRecord(fmt.IDS_KEY, "the key is missing")
                 self.next_queue_id, self.next_body_id = fmt.decode_pair(fmt.IDS_KEY, value)
-                descriptors = reader.iterate(bytes((fmt.QUEUE,)), fmt.META_KEY)
-                self.records = [fmt.decode_queue(key, value) for key, value in descriptors]
+                records = []
+                history = []
+                for key, value in reader.iterate(bytes((fmt.HISTORY,)), fmt.META_KEY):
+                    if key[0] == fmt.QUEUE:
+                        records.append(fmt.decode_queue(key, value))
+                    else:
+                        history.append((fmt.parse_key(key)[1], fmt.decode_number(key, value)))
         except CorruptRecord as error:
             raise _damaged(error) from error
-        self._fenced = {record.queue_id for record in self.records}
+        self.records = records
+        self.history = _with_beginning(history)
+        self._fenced = {record.queue_id for record in records}
         self._due.reset()
+
+    # ---- history
+
+    def epoch_at(self, lsn: int) -> int | None:
+        """The epoch of the batch that has that number, or None when the store does not reach so far.
+
+        A position ``(epoch, lsn)`` of another store is one that this store went through if ``epoch_at(lsn) == epoch``.
+        """
+        history = self.history
+        if not 0 <= lsn <= self.position[1]:
+            return None
+        at = bisect_right(history, lsn, key=_first_lsn)
+        return history[at - 1][0] if at else None
+
+    @staticmethod
+    def history_change(epoch: int, first_lsn: int) -> Change:
+        """The record of a new epoch, for the batch at ``(epoch, first_lsn)`` that begins it."""
+        key = fmt.history_key(epoch)
+        return key, fmt.encode_number(key, first_lsn)
 
     # ---- writing
 
@@ -161,7 +192,6 @@ class Store:
         return changes
 
     def _put_expiry(self, add: Any, expires: int, queue_id: int, order: int, size: int) -> None:
-        self._expires_seen = True
         key = fmt.expiry_key(expires, queue_id, order)
         add((key, fmt.encode_number(key, size)))
 
@@ -199,14 +229,29 @@ class Store:
         add((fmt.IDS_KEY, fmt.encode_pair(fmt.IDS_KEY, self.next_queue_id, self.next_body_id)))
 
     def prepare(self, changes: Sequence[Change], position: tuple[int, int]) -> object:
-        """A batch that makes the changes and brings the store to `position`. Cheap, for the event loop."""
+        """A batch that makes the changes and brings the store to `position`. Cheap, for the event loop.
+
+        The changes may come from another replica's store: ids, fences and history are taken from them.
+        """
         batch = self.backend.new_batch([*changes, (fmt.POSITION_KEY, fmt.encode_pair(fmt.POSITION_KEY, *position))])
         expires = NEVER
-        if self._expires_seen:
-            for key, value in changes:
-                if key[0] == fmt.EXPIRY and value is not None:
+        history: list[tuple[int, int | None]] = []
+        for key, value in changes:
+            tag = key[0]
+            if tag == fmt.EXPIRY:
+                if value is not None:
                     expires = min(expires, int.from_bytes(key[1:9], "big"))
-        return batch, expires, position
+            elif tag == fmt.QUEUE:
+                if value is None:
+                    self._fenced.discard(fmt.parse_key(key)[1])
+            elif tag == fmt.IDS:
+                if value is not None:
+                    queue_ids, body_ids = fmt.decode_pair(key, value)
+                    self.next_queue_id = max(self.next_queue_id, queue_ids)
+                    self.next_body_id = max(self.next_body_id, body_ids)
+            elif tag == fmt.HISTORY:
+                history.append((fmt.parse_key(key)[1], None if value is None else fmt.decode_number(key, value)))
+        return batch, expires, position, history
 
     def write(self, prepared: object, sync: bool) -> None:
         """Write what `prepare` made, in the order in which it was made. Blocking.
@@ -214,11 +259,22 @@ class Store:
         Raises `StoreError`: whether the batch is in the store will only be known when it has been opened again.
         """
         assert isinstance(prepared, tuple)
-        batch, expires, position = prepared
+        batch, expires, position, history = prepared
         self.backend.write(batch, sync)
+        if history:
+            known = dict(self.history) | dict(history)
+            self.history = _with_beginning([(epoch, lsn) for epoch, lsn in known.items() if lsn is not None])
         self.position = position
         if expires != NEVER:
             self._due.lower(expires)
+
+    def apply(self, changes: Sequence[Change], position: tuple[int, int], sync: bool) -> None:
+        """`prepare` and `write` in one: a batch that another replica encoded. Blocking.
+
+        Raises what `write` raises, and `CorruptRecord`, before anything is written, for a record of ids or history that is
+        bad. `records` stay as they were at `open`: `reload` before a core stands on the store.
+        """
+        self.write(self.prepare(changes, position), sync)
 
     # ---- reading
 
@@ -250,6 +306,16 @@ class Store:
 def fences(queue_id: int) -> tuple[bytes, bytes]:
     """The live keys that end the two ranges of a queue: reading to their end must not run into the next queue's."""
     return fmt.message_key(queue_id, fmt.FENCE_ORDER), fmt.deliveries_key(queue_id, fmt.FENCE_ORDER)
+
+
+def _first_lsn(record: tuple[int, int]) -> int:
+    return record[1]
+
+
+def _with_beginning(history: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """In order of epochs; what lies before the first record is epoch 0."""
+    history = sorted(history)
+    return history if history and history[0][1] == 0 else [(0, 0), *history]
 
 
 def _damaged(error: CorruptRecord) -> StoreDamaged:
