@@ -22,7 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "protocols": ("protocols",),
     "store": ("store",),
     "cluster": ("cluster",),
-    "run time": ("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
+    "run time": ("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control", "keeper"),
     "face": ("broker", "client", "subscription", "remote", "cli", "settings", "__main__", ""),
 }
 

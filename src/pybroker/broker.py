@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import trio
 
@@ -20,18 +19,11 @@ from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, StoreError
+from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
-from pybroker.spool import Spool
-from pybroker.store.leveldb import LevelDBBackend
-from pybroker.store.memory import MemoryBackend
-from pybroker.store.spool import open_spool
-from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.broker")
-
-STORE = "store"  # directories in `data_dir`
-SPOOL = "spool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +76,14 @@ class BrokerStatistics:
 class Broker:
     """A running broker. Made by `open_broker`."""
 
-    def __init__(self, config: BrokerConfig) -> None:
+    def __init__(self, config: BrokerConfig, keeper: Keeper) -> None:
         self.config = config
         self.software = f"pybroker/{version('pybroker')}"
+        self._keeper = keeper
         self._engine: Engine | None = None
-        self._why_not = BrokerClosed("the broker is not running")
         self._server = Server(config, self._serving, self.software)
         self._stopping = False
         self._stopped = trio.Event()
-        self._role_changed = trio.Event()
 
     # ---- the face
 
@@ -104,27 +95,21 @@ class Broker:
     @property
     def role(self) -> str:
         """``"standalone"``, or ``"starting"`` while the store is (again) being opened, or ``"stopped"``."""
-        if self._stopping:
-            return "stopped"
-        return "starting" if self._engine is None else "standalone"
+        return "stopped" if self._stopping else self._keeper.role[0]
 
     async def roles(self) -> AsyncIterator[tuple[str, int]]:
         """The role and its epoch, now and at each change. (Changes that follow each other at once may be seen as one.)"""
-        shown: tuple[str, int] | None = None
+        seen = self._keeper.role
         while True:
-            changed = self._role_changed
-            engine = self._engine
-            now = (self.role, engine.journal.position[0] if engine is not None else 0)
-            if now != shown:
-                shown = now
-                yield now
-            else:
-                await changed.wait()
+            yield seen
+            seen = await self._keeper.wait_role_change(seen)
 
-    def _set_engine(self, engine: Engine | None) -> None:
-        self._engine = engine
-        self._role_changed.set()
-        self._role_changed = trio.Event()
+    async def wait_role(self, role: str) -> int:
+        """Wait until this broker has a role; returns the epoch."""
+        seen = self._keeper.role
+        while seen[0] != role:
+            seen = await self._keeper.wait_role_change(seen)
+        return seen[1]
 
     def connect(self, client_id: str = "") -> Client:
         """A client in this process: ``async with broker.connect() as client``. Durable subscriptions need a client id."""
@@ -176,7 +161,7 @@ class Broker:
 
     def _running(self) -> Engine:
         if self._engine is None:
-            raise self._why_not
+            raise self._keeper.why_not()
         return self._engine
 
     def _serving(self) -> Engine:
@@ -185,60 +170,56 @@ class Broker:
         return self._running()
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Keep a store open and an engine running until `_stop`; raises only what happens before it is ready."""
+        """Run an engine in each term until `_stop`; raises only what happens before it is ready."""
+        config = self.config
         try:
             async with trio.open_nursery() as nursery:
-                store, spool = await _open(self.config)
-                try:
-                    await self._server.bind()
-                except BaseException:
-                    await _close(store, spool)
-                    raise
-                await self._run_engines(store, spool, nursery, task_status)
+                await nursery.start(self._keeper.run)
+                await self._server.bind()
+                started = False
+                while not self._stopping:
+                    term = await self._keeper.next_term()
+                    async with self._serve_term(term):
+                        if not started:
+                            started = True
+                            nursery.start_soon(self._server.run)
+                            if config.data_dir is not None:
+                                await nursery.start(ControlServer(config.data_dir, self.statistics).run)
+                            task_status.started()
+                await self._keeper.stop()
                 nursery.cancel_scope.cancel()
         finally:
             self._stopped.set()
 
-    async def _run_engines(
-        self, store: Store, spool: Spool, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
-    ) -> None:
-        """One engine after the other, each with a freshly opened store, until `_stop`."""
-        config = self.config
-        started = False
-        while True:
-            engine = Engine(config, store, spool)
-            try:
-                async with trio.open_nursery() as running:
-                    await running.start(engine.run)
-                    self._set_engine(engine)
-                    if not started:
-                        started = True
-                        nursery.start_soon(self._server.run)
-                        if config.data_dir is not None:
-                            await nursery.start(ControlServer(config.data_dir, self.statistics).run)
-                        task_status.started()
-            except* (StoreError, OSError) as group:
-                error = single(group)
-                log.error("the store failed, every connection is closed: %s", error)
-                self._why_not = BrokerClosed(f"the store failed and is being opened again: {error}")
-                engine.fail(self._why_not)
-            finally:
-                self._set_engine(None)
-                await _close(store, spool)
-            if self._stopping:
-                return
-            store, spool = await self._reopen()
+    @asynccontextmanager
+    async def _serve_term(self, term: Term) -> AsyncIterator[None]:
+        """Run an engine on the term's store until the term, the engine or the broker ends. Yields once it runs."""
+        spool = make_spool(self.config)
+        engine = Engine(self.config, term.store, spool, committer=term.committer, may_show=lambda: term.valid)
+        try:
+            async with trio.open_nursery() as running:
+                await running.start(engine.run)
+                self._engine = engine
+                running.start_soon(self._end_with_term, term, engine, running.cancel_scope)
+                yield
+                await engine.wait_ended()
+                running.cancel_scope.cancel()
+        except* (StoreError, OSError) as group:
+            error = single(group)
+            log.error("the store failed, every connection is closed: %s", error)
+            engine.fail(BrokerClosed(f"the store failed and is being opened again: {error}"))
+        finally:
+            self._engine = None
+            await close_store(spool)
+            term.release()
 
-    async def _reopen(self) -> tuple[Store, Spool]:
-        delay = self.config.reopen_delay
-        while True:
-            await trio.sleep(delay)
-            try:
-                return await _open(self.config)
-            except StoreError as error:
-                delay = min(delay * 2, self.config.reopen_delay_max)
-                log.error("the store can't be opened again, next try in %.1f s: %s", delay, error)
-                self._why_not = BrokerClosed(f"the store can't be opened again: {error}")
+    async def _end_with_term(self, term: Term, engine: Engine, scope: trio.CancelScope) -> None:
+        """When the term is lost, nothing more may be shown: every connection ends, told where to go."""
+        await term.lost.wait()
+        log.warning("every connection is closed: %s", term.reason)
+        self._engine = None
+        engine.fail(self._keeper.why_not())
+        scope.cancel()
 
     async def _stop(self) -> None:
         """Stop in good order, within `stop_timeout`: take nothing more, commit what was taken, return what is out."""
@@ -266,32 +247,6 @@ class Broker:
         await self._stopped.wait()
 
 
-async def _open(config: BrokerConfig) -> tuple[Store, Spool]:
-    """Open the store (in a thread) and prepare the spool. Raises StoreError."""
-    directory = config.data_dir
-    if directory is None:
-        return Store.open(MemoryBackend()), Spool(lambda: Store.open(MemoryBackend()))
-    return await trio.to_thread.run_sync(_open_directory, Path(directory))
-
-
-def _open_directory(directory: Path) -> tuple[Store, Spool]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"data_dir {directory} can't be made: {error.strerror}") from error
-    store = Store.open(LevelDBBackend(directory / STORE))
-    return store, Spool(lambda: open_spool(directory / SPOOL))
-
-
-async def _close(store: Store, spool: Spool) -> None:
-    def close() -> None:
-        store.close()
-        spool.close()
-
-    with trio.CancelScope(shield=True):  # files: bounded by the disk, and nothing else may use them meanwhile
-        await trio.to_thread.run_sync(close)
-
-
 @asynccontextmanager
 async def open_broker(config: BrokerConfig | None = None, **overrides: object) -> AsyncIterator[Broker]:
     """Run a broker in this program while the block runs.
@@ -310,16 +265,15 @@ async def open_broker(config: BrokerConfig | None = None, **overrides: object) -
         log.warning(
             "broker %s has no data_dir: messages are kept in memory only and are lost when it stops", checked.name
         )
-    broker = Broker(checked)
+    broker = Broker(checked, Alone(checked))
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(broker._run)
             try:
                 yield broker
             finally:
-                with trio.CancelScope(
-                    shield=True
-                ):  # bounded: `_stop` has a deadline of its own, the rest is the disk's
+                # Shielded, and bounded: `_stop` has a deadline of its own, the rest is the disk's.
+                with trio.CancelScope(shield=True):
                     await broker._stop()
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:

@@ -68,6 +68,7 @@ class Engine:
         spool: Spool,
         *,
         committer: Committer | None = None,
+        may_show: Callable[[], bool] | None = None,
         clock_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.config = config
@@ -85,12 +86,14 @@ class Engine:
             store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write
         )
         self.error: BrokerError | None = None  # why it can't be used any more
+        self._may_show = may_show  # False: this process may not show or confirm anything any more (its lease is over)
         self._spool = spool
         self._reader = trio.CapacityLimiter(1)
         self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest](float("inf"))
         self._touched: list[Sink] = []
         self._room = trio.Event()
         self._room_wanted = False
+        self._ended = trio.Event()
 
     # ---- turns
 
@@ -104,6 +107,8 @@ class Engine:
     def end_turn(self) -> None:
         """Hand on what the core emitted since the last turn."""
         core = self.core
+        if self._may_show is not None and not self._may_show():
+            return
         if core.closing:
             closing, core.closing = core.closing, []
             for overrun, error in closing:
@@ -144,6 +149,8 @@ class Engine:
             sink.flush()
 
     def _release(self, effects: list[Any]) -> None:
+        if self._may_show is not None and not self._may_show():
+            return  # committed, but not ours to confirm any more: whoever asked is told that it is in doubt
         for effect in effects:
             kind = effect.__class__
             if kind is Entry:
@@ -190,6 +197,10 @@ class Engine:
 
     # ---- tasks
 
+    async def wait_ended(self) -> None:
+        """Wait until `run` is over."""
+        await self._ended.wait()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until `close`; return when everything is committed. Raises what made the journal or the store fail."""
         try:
@@ -207,6 +218,7 @@ class Engine:
             self.error = self.error or BrokerClosed("the broker has stopped")
             self._room.set()
             self.journal.end()
+            self._ended.set()
 
     def fail(self, error: BrokerError) -> None:
         """The store can't be trusted any more: end every connection; nothing further is confirmed."""

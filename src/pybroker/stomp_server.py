@@ -94,6 +94,7 @@ class StompConnection:
         self._ending = False  # the last bytes are in the outbox
         self._work = trio.Event()
         self._drained: trio.Event | None = None
+        self._taken_some: trio.Event | None = None
         self._reading = trio.CancelScope()
         self._listening = False  # the reader waits for the peer, not for room
         self.touched = False
@@ -219,6 +220,10 @@ class StompConnection:
                     core = engine.begin_turn()
                 else:
                     receipt = event.receipt  # type: ignore[attr-defined]
+                    if kind is Unsubscribe and self._stop_giving(event):  # type: ignore[arg-type]
+                        engine.end_turn()
+                        await self._wait_taken(event)  # type: ignore[arg-type]
+                        core = engine.begin_turn()
                     self._command(core, event)
                 if receipt is not None:
                     core.confirm((self, receipt))
@@ -279,8 +284,24 @@ class StompConnection:
         self._by_name[name] = consumer
         core.start(consumer)
 
+    def _stop_giving(self, event: Unsubscribe) -> bool:
+        """Give an AUTO consumer nothing more; True when some of what it was given has yet to go out."""
+        consumer = self._by_key.get(_key(event) or "")
+        if consumer is None or consumer.ack_mode != AUTO:
+            return False
+        consumer.size_max = 0
+        consumer.queue.unlist_consumer(consumer)
+        return bool(consumer.unacked)
+
+    async def _wait_taken(self, event: Unsubscribe) -> None:
+        """Wait until what an AUTO consumer was given is out: put back before, it would come to somebody else as well."""
+        consumer = self._by_key[_key(event) or ""]
+        while consumer.unacked and not self._ended:
+            self._taken_some = trio.Event()
+            await self._taken_some.wait()
+
     def _unsubscribe(self, core: Core, event: Unsubscribe) -> None:
-        key = event.id if event.id is not None else event.destination
+        key = _key(event)
         consumer = self._by_key.pop(key, None) if key is not None else None
         if consumer is not None:
             del self._by_name[consumer.context.name]
@@ -354,6 +375,8 @@ class StompConnection:
                 core = engine.begin_turn()
                 if taken:
                     core.taken(taken)
+                    if self._taken_some is not None:
+                        self._taken_some.set()
                 if self._connection.paused and self._outbox_bytes <= self._outbox_max // 2:
                     core.resume(self._connection)
                 engine.end_turn()
@@ -430,6 +453,11 @@ class StompConnection:
             self._put(HEARTBEAT)
             self.last_sent = now
             self.flush()
+
+
+def _key(event: Unsubscribe) -> str | None:
+    """What names a subscription on its connection."""
+    return event.id if event.id is not None else event.destination
 
 
 async def linger(stream: trio.abc.Stream) -> None:
