@@ -117,7 +117,8 @@ class Engine:
         if core.instant:
             instant, core.instant = core.instant, []
             for entry in instant:
-                if entry.state == SENT:
+                if entry.state == HELD:
+                    entry.state = SENT
                     consumer = entry.consumer
                     assert consumer is not None
                     self._deliver(consumer, entry)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pybroker.message import Message
 
 READY = 0  # waits in its queue's window
-HELD = 1  # given to a consumer, not to be shown before its batch is committed
+HELD = 1  # given to a consumer, not yet shown to it: before its batch is committed, or within the turn
 SENT = 2  # shown to the consumer, not yet acknowledged
 SETTLING = 3  # acknowledged (or rejected) inside an open transaction
 GONE = 4  # no longer in its queue

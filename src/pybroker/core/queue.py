@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Consumer
-from pybroker.core.entry import GONE, HELD, READY, SENT, Entry
+from pybroker.core.entry import GONE, HELD, READY, Entry
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
 from pybroker.core.window import Window
@@ -251,7 +251,7 @@ class Queue:
             consumer.holding += 1
             core.held.append(entry)
         else:
-            entry.state = SENT
+            entry.state = HELD  # until the end of the turn: who leaves within it has not seen it
             core.instant.append(entry)
         if self.tail is not None and self.page is None and len(self.window) < core.page_below:
             self.request_page()
