@@ -95,10 +95,15 @@ class Coordinator(Protocol):
         """
         ...
 
-    async def wait_change(self, seen: int) -> int:
-        """Wait until the count of (possible) changes is not `seen`, and return it.
+    @property
+    def changes(self) -> int:
+        """The count of (possible) changes so far, those of the connection and the session included."""
+        ...
 
-        Connection and session changes count. Starts at 0; call `read` after each return.
+    async def wait_change(self, seen: int) -> int:
+        """Wait until `changes` is not `seen`, and return it.
+
+        Take `changes` before a `read`, and give it here after it: then no change is missed.
         """
         ...
 

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from pybroker.errors import ConfigurationError, StoreDamaged, StoreError, StoreFormatError
-from pybroker.store import format as fmt
-from pybroker.store.backend import Entry
-from pybroker.store.directory import is_ours, locked, make_directory
+from pybroker.store.directory import holds_data, is_ours, locked, make_directory
 from pybroker.store.files import TEMPORARY, Files
 from pybroker.store.layout import (
     IDENTITY_FILE,
@@ -36,9 +33,10 @@ from pybroker.store.layout import (
     read_identity,
 )
 from pybroker.store.leveldb import LevelDBBackend
+from pybroker.store.memory_copies import MemoryCopies
 from pybroker.store.store import Store
 
-__all__ = ["Copies", "DiskCopies", "Identity", "is_behind", "remove_copies"]
+__all__ = ["Copies", "DiskCopies", "Identity", "MemoryCopies", "is_behind", "remove_copies"]
 
 NewIncarnation = Callable[[], str]  # a random name for a new copy
 
@@ -158,11 +156,11 @@ class DiskCopies:
         self._write_identity(replace(identity, store_id=store.store_id, opened=store.starts))
 
     def _is_there(self, name: str) -> bool:
-        """Whether a directory holds anything of a database: an empty one is not a copy."""
+        """Whether a directory holds a database, or what is left of one: not what LevelDB makes before it has one."""
         path = self.data_dir / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise StoreFormatError(f"{path} is not a copy of the store: it is not a directory")
-        return path.is_dir() and any(path.iterdir())
+        return path.is_dir() and holds_data(path)
 
     def _open_current(self, name: str, create: bool = False) -> Store:
         self._store = _open_store(self.data_dir / name, create)
@@ -188,7 +186,12 @@ class DiskCopies:
     def _copy(self, source: Path, target: Path) -> None:
         self._files.make_directory(target)
         for path in sorted(source.iterdir()):
-            if path.is_symlink() or not path.is_file() or not is_ours(path.name) or path.name in ("LOCK", "LOG", "LOG.old"):
+            if (
+                path.is_symlink()
+                or not path.is_file()
+                or not is_ours(path.name)
+                or path.name in ("LOCK", "LOG", "LOG.old")
+            ):
                 continue
             if path.suffix in (".ldb", ".sst"):
                 self._files.link_or_copy(path, target / path.name)
@@ -215,8 +218,6 @@ class DiskCopies:
         return store
 
     def abandon_side(self, side: Store | None = None) -> Store:
-        if side is not None:
-            self._expect(side, side=True)
         try:
             self._close_store()
             name = current_name(self.data_dir)
@@ -341,7 +342,9 @@ def _open_store(path: Path, create: bool) -> Store:
 def _remove_copy(files: Files, directory: Path) -> None:
     foreign = sorted(path.name for path in directory.iterdir() if not is_ours(path.name))
     if foreign:
-        raise StoreFormatError(f"{directory} is not only a copy of the store: it has {foreign[0]!r}; nothing was removed")
+        raise StoreFormatError(
+            f"{directory} is not only a copy of the store: it has {foreign[0]!r}; nothing was removed"
+        )
     # CURRENT goes first: without it the directory can't be taken for a store again.
     for path in sorted(directory.iterdir(), key=lambda path: (path.name != "CURRENT", path.name)):
         files.unlink(path)

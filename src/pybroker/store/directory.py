@@ -34,7 +34,7 @@ def prepare_directory(path: Path, create: bool) -> None:
     except FileNotFoundError:
         if not create:
             raise StoreError(f"there is no store in {path}") from None
-        _make_directory(path)
+        make_directory(path)
         return
     except OSError as error:
         raise StoreError(f"the store's directory {path} can't be read: {error.strerror}") from error
@@ -49,7 +49,7 @@ def prepare_directory(path: Path, create: bool) -> None:
         raise StoreFormatError(f"{path} is not a store, and not empty: it has {foreign[0]!r}")
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """Make it and its parents, durably."""
     try:
         missing = [path, *(parent for parent in path.absolute().parents if not parent.exists())]
@@ -62,6 +62,11 @@ def _make_directory(path: Path) -> None:
                 os.close(descriptor)
     except OSError as error:
         raise StoreError(f"the store's directory {path} can't be made: {error.strerror}") from error
+
+
+def holds_data(path: Path) -> bool:
+    """Whether there is a database in a directory, or what is left of one."""
+    return any(entry.name == "CURRENT" or _DATA.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def is_ours(name: str) -> bool:

@@ -103,12 +103,17 @@ def read_identity(data_dir: Path) -> Identity | None:
         if found.pop("format") != _FORMAT:
             raise StoreFormatError(f"{path} is of a later version of pybroker")
         identity = Identity(**found)
-        for name, kind in Identity.__annotations__.items():
-            value = getattr(identity, name)
-            if type(value) is not {"str": str, "int": int}[kind] or (kind == "int" and value < 0):
-                raise ValueError(f"{name} is {value!r}")
+        for name in ("set", "name", "incarnation", "store_id"):
+            if not isinstance(getattr(identity, name), str):
+                raise TypeError(f"{name} is no text")
+        for name in ("starts", "opened"):
+            number = getattr(identity, name)
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{name} is no number")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreDamaged(f"{path} can't be read ({error}): remove it, and the replica takes part as a new copy") from error
+        raise StoreDamaged(
+            f"{path} can't be read ({error}): remove it, and the replica takes part as a new copy"
+        ) from error
     return identity
 
 

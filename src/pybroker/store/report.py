@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pybroker.errors import StoreError
+from pybroker.store.layout import current_name
 
-STORE_DIRECTORY = "store"  # of a broker's data directory
 PROBLEMS_MAX = 1_000  # problems that a report lists; all of them are counted
 PROGRESS_KEYS = 10_000  # keys between two calls of a progress callback
 
@@ -92,9 +92,16 @@ class Problems:
 
 
 def find_store(path: str | os.PathLike[str]) -> Path:
-    """The LevelDB directory of a broker's data directory, or `path` itself; raise `StoreError` if there is none."""
+    """The LevelDB directory of a broker's data directory, or `path` itself; raise `StoreError` if there is none.
+
+    In a replica's data directory it is that of the current copy.
+    """
     directory = Path(path)
-    inner = directory / STORE_DIRECTORY
+    if directory.is_dir() and "CURRENT" in os.listdir(
+        directory
+    ):  # a database; where names have no case, not our pointer
+        return directory
+    inner = directory / current_name(directory)
     if inner.is_dir():
         return inner
     if directory.is_dir() and any(directory.iterdir()):

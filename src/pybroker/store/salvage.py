@@ -20,9 +20,10 @@ from pybroker.store import format as fmt
 from pybroker.store.backend import Change, Reader
 from pybroker.store.check import summary
 from pybroker.store.directory import DIRECTORY_MODE, is_ours
+from pybroker.store.layout import STORE_DIRECTORY
 from pybroker.store.leveldb import LevelDBBackend, repair
 from pybroker.store.ranges import iterate_whole
-from pybroker.store.report import PROGRESS_KEYS, STORE_DIRECTORY, Problems, Progress, Report, find_store
+from pybroker.store.report import PROGRESS_KEYS, Problems, Progress, Report, find_store
 from pybroker.store.store import Store, fences
 
 BATCH_CHANGES_MAX = 1_000
