@@ -90,8 +90,9 @@ class StompConnection:
         self._taken: list[Entry] = []  # deliveries of AUTO consumers in the outbox
         self._outbox_bytes = 0  # handed to the outbox and not yet taken by the kernel
         self._outbox_max = config.limits.outbox_bytes_max
-        self._ended = False  # nothing is read any more; the last bytes are in the outbox, or held with a batch
-        self._ending = False  # the last bytes are in the outbox
+        self._ended = False  # nothing is read any more; the last bytes are known, or held with a batch
+        self._ending = False  # everything before the last bytes is in the outbox
+        self._last = b""  # an ERROR, or the receipt of a DISCONNECT
         self._work = trio.Event()
         self._drained: trio.Event | None = None
         self._taken_some: trio.Event | None = None
@@ -225,12 +226,12 @@ class StompConnection:
                         await self._wait_taken(event)  # type: ignore[arg-type]
                         core = engine.begin_turn()
                     self._command(core, event)
+                if kind is Disconnect:
+                    self._end_after(self._session.receipt_frame(receipt) if receipt is not None else b"")
+                    return False
                 if receipt is not None:
                     core.confirm((self, receipt))
                     receipt = None
-                if kind is Disconnect:
-                    self._end_after(b"")
-                    return False
         except BrokerError as error:
             self._end_with(error, receipt)
             return False
@@ -241,6 +242,8 @@ class StompConnection:
 
     async def _connect(self, event: Connect) -> None:
         await self._server.authenticate(event.login, event.passcode, self._anonymous)
+        if self._ended:
+            return  # the broker stops, and a check in a thread can't be cancelled
         self._session.accept(f"{self._engine.store.store_id}-{self._engine.store.starts:x}-{self._number:x}")
         self._connection.client_id = event.client_id or ""
         self._reading.deadline = math.inf
@@ -360,6 +363,9 @@ class StompConnection:
         while True:
             if not self._chunks:
                 if self._ending:
+                    # First the leaving, then the word of it: who has it may take up a durable subscription at once.
+                    self._leave()
+                    await stream.send_all(self._last)
                     break
                 self._work = trio.Event()
                 await self._work.wait()
@@ -415,8 +421,7 @@ class StompConnection:
         if self._ending:
             return
         if isinstance(token, _Last):
-            if token.data:
-                self._put(token.data)
+            self._last = token.data
             self._ending = True
         else:
             self._put(self._session.receipt_frame(token))
