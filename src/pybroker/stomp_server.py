@@ -174,7 +174,11 @@ class StompConnection:
                 if not going_on:
                     return
                 await self._wait_turn(len(events))
-            if not data:  # the peer says no more, but may wait for what it asked for
+            if not data:
+                # The peer says no more, but may wait for receipts. What it holds returns now: it may have gone for good,
+                # and the kernel would still take messages for it.
+                if self._engine.error is None:
+                    self._engine.begin_turn().disconnect(self._connection)
                 self._end_after(b"")
                 return
 
