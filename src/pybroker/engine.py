@@ -112,8 +112,9 @@ class Engine:
         if core.closing:
             closing, core.closing = core.closing, []
             for overrun, error in closing:
-                core.unsubscribe(overrun)
-                overrun.sink.fail_consumer(overrun, error)
+                if overrun in overrun.queue.consumers:  # it may have left in this turn, or be here twice
+                    core.unsubscribe(overrun)
+                    overrun.sink.fail_consumer(overrun, error)
         if core.instant:
             instant, core.instant = core.instant, []
             for entry in instant:

@@ -61,4 +61,3 @@ class BrokerProcess:
                 self.stop()
             else:
                 self.kill()
-

@@ -103,7 +103,9 @@ def violations(batches: list[Batch], frames: list[SentFrame]) -> tuple[list[str]
         if batch is None:
             bad.append(f"{kind} {what}: nothing of it was ever written")
         elif batch.synced is None or batch.synced >= sent.began:
-            bad.append(f"{kind} {what} left at {sent.began}, its batch (from {batch.began}) was synced at {batch.synced}")
+            bad.append(
+                f"{kind} {what} left at {sent.began}, its batch (from {batch.began}) was synced at {batch.synced}"
+            )
 
     for sent in frames:
         if sent.frame.command == "MESSAGE":

@@ -27,6 +27,7 @@ from pybroker.control import ask
 from pybroker.store.check import verify
 from tests.crash.account import DLQ, Account, settle
 from tests.crash.process import BrokerProcess
+from tests.crash.wire import Connection
 
 ROOT = Path(__file__).parent.parent.parent
 RESTARTS = int(os.environ.get("PYBROKER_CRASH_RESTARTS", "26"))
@@ -205,8 +206,6 @@ def run(directory: Path, seed: int, restarts: int, backlog: int) -> Account:
 
 def make_subscriptions(port: int, specs: list[dict[str, Any]]) -> None:
     """Durable subscriptions must be there before the first message is sent."""
-    from tests.crash.wire import Connection
-
     for spec in specs:
         connection = Connection(port, spec["client_id"])
         head = ("id", "1"), ("destination", spec["destinations"][0]), ("ack", "client")

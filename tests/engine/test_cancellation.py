@@ -16,7 +16,7 @@ import trio
 
 from pybroker.broker import Broker, open_broker
 from pybroker.client import Client, ReceivedMessage
-from tests.engine.support import OWNER, Disk, Place, broker_on, cancelled_at, check, check_empty, drain
+from tests.engine.support import OWNER, Disk, Place, broker_on, cancelled_at, check, check_empty, drain, engine_of
 
 Q, OTHER, TOPIC = "/queue/q", "/queue/other", "/topic/t"
 DURABLE: Place = (TOPIC, "mine")
@@ -231,6 +231,53 @@ async def test_cancelled_at_every_checkpoint(
             assert step > 3
             return
     raise AssertionError(f"the scenario did not end within {STEPS_MAX} steps")
+
+
+async def subscribe_once(client: Client) -> None:
+    async with client.subscribe(TOPIC, durable_name="mine") as messages:
+        await client.send(TOPIC, b"d")
+        await (await messages.receive()).ack()
+
+
+async def receive_once(client: Client) -> None:
+    async with client.subscribe(Q) as messages:
+        await (await messages.receive()).nack()
+
+
+async def transact_once(client: Client) -> None:
+    async with client.transaction() as transaction:
+        await transaction.send(OTHER, b"x")
+
+
+async def publish_once(client: Client) -> None:
+    async with client.publisher() as publisher:
+        await publisher.send_many([(OTHER, b"x")] * 3)
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("once", [subscribe_once, receive_once, transact_once, publish_once])
+async def test_a_client_outlives_what_was_cancelled(
+    autojump_clock: trio.testing.MockClock, once: Callable[[Client], Awaitable[None]], blocked: bool
+) -> None:
+    """The connection stays in use: nothing of what was cancelled stays behind on it, and it can be done again."""
+    for step in range(1, STEPS_MAX):
+        async with broker_on(Disk()) as broker:
+            async with broker.connect(OWNER) as client:
+                await client.send(Q, b"x")
+                cancelled = await cancelled_at(step, blocked, lambda: once(client))
+                check(broker)
+                (connection,) = engine_of(broker).core.connections
+                assert not connection.consumers, f"cancelled at step {step}"
+                assert not connection.transactions, f"cancelled at step {step}"
+                with trio.fail_after(1):
+                    await once(client)
+                check(broker)
+            await drain(broker, *PLACES)
+            check_empty(broker)
+        if not cancelled:
+            assert step > 1
+            return
+    raise AssertionError(f"it did not end within {STEPS_MAX} steps")
 
 
 async def serve_others(broker: Broker) -> None:

@@ -17,6 +17,7 @@ from tests.crash.wire import Connection
 from tests.engine.support import OWNER, Disk, broker_on, check, drain
 
 Q = "/queue/q"
+SENDS_MAX = 5_000  # after which a sender should have been stopped
 SLACK = 4.0  # seconds that a busy machine may take beside the bound
 
 
@@ -153,7 +154,7 @@ async def test_clients_of_this_process_are_told_of_the_stop(autojump_clock: trio
     async def send(broker: Broker) -> None:
         async with broker.connect() as client:
             with pytest.raises(BrokerClosed):
-                while True:
+                for _ in range(SENDS_MAX):
                     await client.send("/queue/other", b"")
             told.append("send")
 
@@ -161,7 +162,7 @@ async def test_clients_of_this_process_are_told_of_the_stop(autojump_clock: trio
         async with broker.connect() as client:
             with pytest.raises(BrokerError):
                 async with client.publisher() as publisher:
-                    while True:
+                    for _ in range(SENDS_MAX):
                         await publisher.send("/queue/third", b"")
             told.append("publish")
 

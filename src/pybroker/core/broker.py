@@ -95,7 +95,7 @@ class Core:
         self.expiries = Expiries()
         self.shared = SharedBodies()
         self.due_removed: set[tuple[int, int]] | None = None  # (queue id, order) that went while the index is read
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
         self.queues: dict[int, Queue] = {}
         self.unrouted = 0  # messages to topics that nobody subscribes to
         self.expired_on_arrival = 0
@@ -147,7 +147,7 @@ class Core:
 
     def connect(self, sink: Any, client_id: str = "") -> Connection:
         connection = Connection(sink, client_id)
-        self.connections.add(connection)
+        self.connections[connection] = None
         return connection
 
     def disconnect(self, connection: Connection) -> None:
@@ -155,7 +155,7 @@ class Core:
         if connection.closed:
             return
         connection.closed = True
-        self.connections.discard(connection)
+        self.connections.pop(connection, None)
         for name in list(connection.transactions):
             self.abort(connection, name)
         for consumer in list(connection.consumers):
@@ -202,7 +202,7 @@ class Core:
             queue = self._new_queue(BACKLOG, target.name)
             self._route(queue)
         consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context)
-        connection.consumers.add(consumer)
+        connection.consumers[consumer] = None
         queue.consumers.add(consumer)
         return consumer
 
@@ -236,7 +236,7 @@ class Core:
             return
         queue.unlist_consumer(consumer)
         queue.consumers.discard(consumer)
-        consumer.connection.consumers.discard(consumer)
+        consumer.connection.consumers.pop(consumer, None)
         entries = list(consumer.unacked.values())
         consumer.unacked.clear()
         consumer.credit = 0
@@ -256,7 +256,8 @@ class Core:
         del self._subscriptions[client_id, name]
         self._unroute(queue)
         queue.kind = DELETED
-        self.touch(queue)
+        if not queue.dirty:
+            self.touch(queue)
         queue.empty()
 
     def deleted(self, queue: Queue) -> None:
@@ -276,6 +277,8 @@ class Core:
         if queue.spooled:
             self.count_spooled(queue, -queue.spooled, -queue.spooled_size)
             self.spool_operations.append((DELETE_QUEUE, queue.queue_id))
+            for entry in queue.outstanding.values():  # settled in transactions: not to be taken out of the spool again
+                entry.spooled = False
 
     def pause(self, connection: Connection) -> None:
         """Give nothing more to a connection whose outbox is full."""

@@ -24,7 +24,7 @@ class Connection:
     def __init__(self, sink: Any, client_id: str) -> None:
         self.sink = sink
         self.client_id = client_id
-        self.consumers: set[Consumer] = set()
+        self.consumers: dict[Consumer, None] = {}  # in order, so that the core is deterministic
         self.transactions: dict[str, Transaction] = {}
         self.paused = False  # its outbox is full: nothing is dispatched to it
         self.closed = False

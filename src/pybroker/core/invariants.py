@@ -14,6 +14,12 @@ def check_invariants(core: Core) -> None:
     messages: set[Message] = set()
     for queue in core.queues.values():
         memory += _check_queue(queue, messages)
+    for connection in core.connections:
+        for transaction in connection.transactions.values():
+            for entry, _ in transaction.settled:
+                if entry.queue.queue_id not in core.queues:  # a plain subscription that left before the commit
+                    messages.add(entry.message)
+                    memory += ENTRY_BYTES
     memory += sum(message.size for message in messages)
     for connection in core.connections:
         for transaction in connection.transactions.values():

@@ -239,14 +239,16 @@ class Queue:
         elif len(available) > 1:
             available.rotate(-1)
         if entry.stored:
-            if entry.deliveries:
+            if entry.deliveries or entry.recorded:  # a record of 0, too, would go before the mark
                 core.operations.append((PUT_DELIVERIES, self.queue_id, order, entry.deliveries + 1))
                 entry.recorded = True
             self._count_dispatched(order)
             entry.state = HELD
             consumer.holding += 1
             core.held.append(entry)
-        elif consumer.holding:  # behind what waits for the journal, so that one producer's order stays
+        elif consumer.holding or entry.message.durable:
+            # Behind what waits for the journal, so that one producer's order stays; and a durable message of a topic
+            # is shown to a plain subscriber no sooner than its commit.
             entry.state = HELD
             consumer.holding += 1
             core.held.append(entry)
@@ -307,6 +309,8 @@ class Queue:
                 core.unspool(entry)
             if entry.message.expires:
                 core.expiries.discard(entry)
+                if core.due_removed is not None:
+                    core.due_removed.add((self.queue_id, entry.order))
         if self.page is not None and entry.order >= self.page.start:
             self.page.removed.add(entry.order)
         core.let_go(entry)
@@ -332,12 +336,12 @@ class Queue:
         for entry in entries:
             del self.outstanding[entry.order]
             shown = entry.state != HELD
-            if not shown:
-                if not entry.stored and entry.message.expires:
-                    core.expiries.discard(entry)
-                entry = entry.again()
-                if not entry.stored and entry.message.expires:
-                    core.expiries.add(entry)
+            # A new object: the old one may stand in an outbox or in the held effects, and must mean nothing there.
+            if not entry.stored and entry.message.expires:
+                core.expiries.discard(entry)
+            entry = entry.again()
+            if not entry.stored and entry.message.expires:
+                core.expiries.add(entry)
             entry.state = READY
             entry.consumer = None
             if shown:
@@ -374,7 +378,10 @@ class Queue:
         if self.tail is None or self.tail < page.start:  # the window was cut meanwhile: what was read doesn't join it
             for entry in page.added.values():
                 self._leave_to_store(entry)
-            self.dispatch()
+            if self.kind == DELETED:
+                self.empty()
+            else:
+                self.dispatch()
             return
         if page.floor is not None:
             bound = page.floor if bound is None else min(bound, page.floor)
@@ -395,14 +402,19 @@ class Queue:
         self.tail = bound
         self.head_at_least(page.start)
         core = self.core
+        leaving = []
         for order in sorted(fresh):
             entry = fresh[order]
-            if self.kind == DELETED:
-                self.forget(entry)
-            elif core.dead_letter_due(entry):
-                core.dead_letter(entry, "deliveries")
+            if self.kind == DELETED or core.dead_letter_due(entry):
+                leaving.append(entry)
             else:
                 self._insert(entry)
+        # Only now, when the window has the others: a removal may work out the queue's lower bound anew.
+        for entry in leaving:
+            if self.kind == DELETED:
+                self.forget(entry)
+            else:
+                core.dead_letter(entry, "deliveries")
         if self.kind == DELETED:
             self.empty()
         else:
