@@ -277,7 +277,9 @@ class Driver:
             core.due_loaded(request, stored, transient if transient is not None else [])
         else:
             assert not stored.corrupt, stored.corrupt
-            bounds = [page.next_order for page in (stored, transient) if page is not None and page.next_order is not None]
+            bounds = [
+                page.next_order for page in (stored, transient) if page is not None and page.next_order is not None
+            ]
             entries = transient.entries if transient is not None else []
             core.page_loaded(request, stored.entries, entries, min(bounds, default=None), 0)
         self.end_turn()

@@ -165,9 +165,7 @@ class CoreMachine(RuleBasedStateMachine):
         prefetch=st.integers(1, 3),
     )
     @precondition(lambda self: self.about_topics and len(self.model.members) < 5)
-    def subscribe_durably(
-        self, number: int, owner: tuple[str, str], pattern: str, mode: str, prefetch: int
-    ) -> None:
+    def subscribe_durably(self, number: int, owner: tuple[str, str], pattern: str, mode: str, prefetch: int) -> None:
         known = self.model.patterns.get(owner)
         if known is not None:
             pattern = "/topic/" + known
@@ -187,9 +185,11 @@ class CoreMachine(RuleBasedStateMachine):
         taken = owner and any(m.key == ("subscription", *owner) for m in self.model.members.values())
         try:
             consumer = core.subscribe(connection, to, mode, prefetch=prefetch, **durable)
-        except (SubscriptionError, LimitExceeded) as error:
-            mine = sum(m.connection is connection for m in self.model.members.values())
-            assert taken if isinstance(error, SubscriptionError) else mine >= self.limits.subscriptions_max
+        except SubscriptionError:
+            assert taken
+            return
+        except LimitExceeded:
+            assert sum(m.connection is connection for m in self.model.members.values()) >= self.limits.subscriptions_max
             return
         assert not taken
         if owner is not None:
@@ -482,7 +482,8 @@ class CoreMachine(RuleBasedStateMachine):
             assert not rows.keys() - wanted.keys(), f"{key}: {rows.keys() - wanted.keys()} should be gone"
             for order, copy in wanted.items():
                 if order not in rows:
-                    assert copy.expires and copy.expires <= durable.now, f"{copy} is not in the store"
+                    assert copy.expires, f"{copy} is not in the store"
+                    assert copy.expires <= durable.now, f"{copy} is not in the store"
                     continue
                 body, deliveries = rows[order]
                 assert body == copy.sent.body, copy
@@ -538,7 +539,14 @@ class CoreMachine(RuleBasedStateMachine):
         core = self.driver.core
         for queue in core.queues.values():
             assert queue.depth == 0, queue
-        sums = (core.memory_bytes, core.stored_bytes, core.spooled_bytes, core.spooled, len(core.expiries), len(core.shared))
+        sums = (
+            core.memory_bytes,
+            core.stored_bytes,
+            core.spooled_bytes,
+            core.spooled,
+            len(core.expiries),
+            len(core.shared),
+        )
         assert sums == (0, 0, 0, 0, 0, 0), sums
         assert not leftovers(self.driver.store), leftovers(self.driver.store)
         if self.driver.spool_store is not None:
@@ -554,7 +562,11 @@ def stored_messages(store: Store) -> dict[Key, dict[int, tuple[bytes, int]]]:
     for record in store.records:
         if record.kind == "deleted":
             continue
-        key = ("queue", record.name) if record.kind == "queue" else ("subscription", record.client_id, record.subscription)
+        key = (
+            ("queue", record.name)
+            if record.kind == "queue"
+            else ("subscription", record.client_id, record.subscription)
+        )
         page = store.read_page(record.queue_id, record.head, 1_000, 1 << 20)
         assert not page.corrupt, page.corrupt
         rows = found.setdefault(key, {})

@@ -169,7 +169,13 @@ class Model:
     # ---- what tests do
 
     def make(
-        self, destination: str, size: int = 0, durable: bool = True, priority: int = 4, expires: int = 0, block: bytes = b""
+        self,
+        destination: str,
+        size: int = 0,
+        durable: bool = True,
+        priority: int = 4,
+        expires: int = 0,
+        block: bytes = b"",
     ) -> tuple[Sent, Message]:
         number = len(self.sents) + 1
         body = b"%d:" % number + b"x" * size
