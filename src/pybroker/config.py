@@ -67,6 +67,46 @@ class DeliveryPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSetConfig:
+    """Membership in a replica set. The replica's own name is `BrokerConfig.name`, unique in the set.
+
+    name        of the set; all members say the same
+    zookeeper   ``HOST:PORT[,HOST:PORT...][/CHROOT]``
+    replicas    N, odd: how many copies there are; N // 2 + 1 of them must be there
+    bind        HOST:PORT for the other replicas; port 0 takes a free one
+    advertise   HOST:PORT under which they reach it; "" = what was bound
+    clients     listener URLs under which clients reach it, shown to the others; () = what was bound
+    sync        ``quorum_disk``, ``quorum_mem``, ``local_disk``, ``local_mem``: what a confirmed send is worth (see the docs)
+    weight      of two equally good candidates the heavier one leads
+    secret      shared by the members: both ends of each replication link prove that they know it; "" = no proof
+    zookeeper_auth  USER:PASSWORD for digest ACLs on all nodes that are made; "" = open to all
+    certificate, key, peer_ca  PEM files for TLS with client certificates on the replication links; None = plaintext
+    """
+
+    name: str
+    zookeeper: str
+    replicas: int = 3
+    bind: str = "127.0.0.1:0"
+    advertise: str = ""
+    clients: tuple[str, ...] = ()
+    sync: Literal["quorum_disk", "quorum_mem", "local_disk", "local_mem"] = "quorum_disk"
+    weight: int = 0
+    secret: str = ""
+    zookeeper_auth: str = ""
+    certificate: Path | None = None
+    key: Path | None = None
+    peer_ca: Path | None = None
+    session_timeout: float = 10.0  # seconds of ZooKeeper's session; no failover waits for it
+    heartbeat_interval: float = 0.2  # seconds between two heart-beats on a replication link
+    heartbeat_timeout: float = 1.0  # seconds of silence after which a link counts as broken
+    lease: float = 2.0  # seconds for which a leader goes on without answers of a quorum
+    election_step: float = 0.05  # seconds that the second best candidate waits for the best one, and so on
+    retry_interval: float = 0.2  # seconds between two tries to reach the leader
+    handover_timeout: float = 2.0  # seconds for which a resigning leader waits for its best follower to catch up
+    ring_bytes_max: int = 64 * 1024 * 1024  # recent batches kept for followers that come back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerConfig:
     """One broker.
 
