@@ -7,6 +7,7 @@ leader until its slot is empty again, and emptying it checks that the leader's e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pybroker.cluster.coordinator import CheckNode, CreateNode, DeleteNode, SetNode, Write
@@ -39,10 +40,15 @@ class Me:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A transaction that makes this replica the leader of `epoch`. `group`: the frozen copies that it stands on."""
+    """A transaction that makes this replica the leader of `epoch`.
+
+    group   the frozen copies that it stands on
+    roster  the copies that count from then on
+    """
 
     epoch: int
     group: tuple[str, ...]
+    roster: Mapping[str, str]
     writes: tuple[Write, ...]
 
 
@@ -92,10 +98,15 @@ def check_admission(view: View, me: Me, replicas: int) -> None:
         )
 
 
-def is_restored(view: View, me: Me) -> bool:
-    """Whether this copy comes from an earlier life than one that the set has seen: it must take a new incarnation."""
+def is_restored(view: View, me: Me, first: bool) -> bool:
+    """Whether this copy comes from an earlier life than one that the set has seen: it must take a new incarnation.
+
+    `first`: this life has not written its slot yet. Then nobody else can have written this life's number there either.
+    """
     found = view.slots.get(me.name)
-    return found is not None and found[0].incarnation == me.incarnation and found[0].starts > me.starts
+    if found is None or found[0].incarnation != me.incarnation:
+        return False
+    return found[0].starts >= me.starts if first else found[0].starts > me.starts
 
 
 def is_virgin(view: View) -> bool:
@@ -134,9 +145,16 @@ def give_up(view: View, me: Me) -> list[Write]:
 
 
 def stands(view: View, me: Me) -> bool:
-    """Whether my slot says, in this view, that I stand with my present position."""
+    """Whether my slot says, in this view, that I stand with my present position.
+
+    What an earlier life of this copy has published does not do: an election keeps the slot's start counter, which must be
+    this life's, or a copy restored from before it could not be told.
+    """
     found = view.slots.get(me.name)
-    return found is not None and found[0].incarnation == me.incarnation and found[0].candidate == me.position
+    if found is None:
+        return False
+    slot = found[0]
+    return (slot.incarnation, slot.starts, slot.candidate) == (me.incarnation, me.starts, me.position)
 
 
 # ---- the election
@@ -189,12 +207,13 @@ def propose(
     if len(group) < quorum(replicas):
         return None
     writes: list[Write] = [_emptied(name, slot, version) for name, slot, version in group]
+    roster = dict(view.roster)
     if is_virgin(view):
         roster = {name: slot.incarnation for name, slot, _ in group}
         writes.append(SetNode("roster", encode_roster(roster), view.roster_version))
     else:
         writes.append(CheckNode("roster", view.roster_version))
-    return _proposal(view, view.epoch + 1, group, writes, record)
+    return _proposal(view, view.epoch + 1, group, roster, writes, record)
 
 
 def _propose_anew(
@@ -217,7 +236,7 @@ def _propose_anew(
     roster = {name: slot.incarnation for name, slot, _ in standing[:replicas]}
     writes.append(SetNode("roster", encode_roster(roster), view.roster_version))
     epoch = max(view.epoch, lost) + (FORCED_STEP if forced else 1)
-    return _proposal(view, epoch, standing, writes, record)
+    return _proposal(view, epoch, standing, roster, writes, record)
 
 
 def _emptied(name: str, slot: Slot, version: int) -> Write:
@@ -225,14 +244,19 @@ def _emptied(name: str, slot: Slot, version: int) -> Write:
 
 
 def _proposal(
-    view: View, epoch: int, group: list[tuple[str, Slot, int]], writes: list[Write], record: LeaderRecord
+    view: View,
+    epoch: int,
+    group: list[tuple[str, Slot, int]],
+    roster: Mapping[str, str],
+    writes: list[Write],
+    record: LeaderRecord,
 ) -> Proposal:
     assert view.epoch_version is not None
     writes.append(SetNode("epoch", encode_epoch(epoch), view.epoch_version))
     if view.leader_version is not None:
         writes.append(DeleteNode("leader", view.leader_version))
     writes.append(CreateNode("leader", encode_leader(with_epoch(record, epoch)), ephemeral=True))
-    return Proposal(epoch, tuple(name for name, _, _ in group), tuple(writes))
+    return Proposal(epoch, tuple(name for name, _, _ in group), roster, tuple(writes))
 
 
 def with_epoch(record: LeaderRecord, epoch: int) -> LeaderRecord:
@@ -292,3 +316,29 @@ def replace(view: View, replicas: int, old: str, new: str) -> list[Write]:
         CheckNode("epoch", view.epoch_version),
         SetNode("roster", encode_roster(roster), view.roster_version),
     ]
+
+
+def may_stand(view: View, me: Me, replicas: int) -> bool:
+    """Whether standing for election makes sense: the copy counts, or the set's memory in ZooKeeper is lost."""
+    return counts(view, me.name, me.incarnation) or behind_stores(view, me) > 0
+
+
+def has_written(view: View, me: Me) -> bool:
+    """Whether my slot was written in this life, by me or by an election since."""
+    found = view.slots.get(me.name)
+    return found is not None and (found[0].incarnation, found[0].starts) == (me.incarnation, me.starts)
+
+
+def has_given_up(view: View, me: Me, version: int) -> bool:
+    """Whether my slot, which had that version, shows `give_up` of this life.
+
+    No leave to follow: the nodes of a view are not of one moment, and an election may have emptied the slot instead.
+    """
+    found = view.slots.get(me.name)
+    return found is not None and found == (Slot(None, me.incarnation, me.weight, me.starts), version + 1)
+
+
+def touch(view: View, me: Me) -> list[Write]:
+    """Write my slot as it is: whatever names its old version can never be done any more."""
+    slot, version = view.slots[me.name]
+    return [SetNode(slot_path(me.name), encode_slot(slot), version)]
