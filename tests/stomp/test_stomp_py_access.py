@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stomp
 import trustme
 
-import stomp
 from tests.stomp.programs import VERSIONS, Program, program
 from tests.support.serving import ServedBroker, served
 from tests.support.wire import connect_frame
