@@ -18,13 +18,13 @@ from pybroker.core import broker as broker_module
 from pybroker.core import queue as queue_module
 from pybroker.core import retiring as retiring_module
 from pybroker.core.consumer import ACK_MODES, AUTO, CUMULATIVE, INDIVIDUAL, Connection, Consumer
-from pybroker.core.invariants import check_invariants
 from pybroker.errors import LimitExceeded, SubscriptionError
 from pybroker.message import Message
 from pybroker.store import format as fmt
 from pybroker.store.store import Store
 from tests.core.driver import Driver, observing
-from tests.core.model import Copy, Key, Member, Model, Pending, Sent, Snapshot
+from tests.core.model import Copy, Key, Member, Model, Pending, Sent
+from tests.core.promises import check_memory, check_nobody_starves, check_store, leftovers
 
 LIMITS = Limits(
     window_messages_max=4,
@@ -413,7 +413,7 @@ class CoreMachine(RuleBasedStateMachine):
     def settle(self, sweep: bool) -> None:
         self.between_turns()
         self._come_to_rest()
-        self._check_nobody_starves()
+        check_nobody_starves(self.driver, self.model)
         if sweep:
             self.core.sweep()
             self.done()
@@ -453,53 +453,10 @@ class CoreMachine(RuleBasedStateMachine):
     # ---- what must hold
 
     def _check(self) -> None:
-        core = self.driver.core
-        check_invariants(core)
-        for queue in core.queues.values():
-            assert len(queue.window) <= self.limits.window_messages_max, queue
-            if queue.page is not None:
-                assert len(queue.page.added) <= self.limits.window_messages_max, queue
-            if queue.kind == "deleted":
-                continue
-            copies = self.model.queues.get(self.model.key_of(queue), {}).values()
-            gone = [copy for copy in copies if copy.ready and self.model.expired(copy)]
-            assert len(copies) - len(gone) <= queue.depth <= len(copies), (queue, list(copies))
-            stored = sum(copy.stored for copy in copies)
-            assert stored - len(gone) <= queue.count <= stored, (queue.count, stored)
-        for consumer in self.model.members:
-            held = [copy.order for copy in self.model.held_by(consumer)]
-            assert held == [entry.order for entry in consumer.unacked.values()], consumer
+        check_memory(self.driver, self.model)
 
     def _check_store(self) -> None:
-        """What the store holds is what the model held when the last batch was closed."""
-        report = self.driver.verify()
-        assert report.ok, report.problems
-        durable: Snapshot = self.model.durable
-        found = stored_messages(self.driver.store)
-        for key in found.keys() | durable.queues.keys():
-            wanted = durable.queues.get(key, {})
-            rows = found.get(key, {})
-            assert not rows.keys() - wanted.keys(), f"{key}: {rows.keys() - wanted.keys()} should be gone"
-            for order, copy in wanted.items():
-                if order not in rows:
-                    assert copy.expires, f"{copy} is not in the store"
-                    assert copy.expires <= durable.now, f"{copy} is not in the store"
-                    continue
-                body, deliveries = rows[order]
-                assert body == copy.sent.body, copy
-                assert copy.low + (copy.holder is not None and copy.visible) <= deliveries, (deliveries, copy)
-                assert deliveries <= copy.high + copy.begun, (deliveries, copy)
-
-    def _check_nobody_starves(self) -> None:
-        core = self.driver.core
-        for consumer, member in self.model.members.items():
-            if not member.started or member.connection.paused:
-                continue
-            held = self.model.held_by(consumer)
-            size = sum(len(copy.sent.body) + len(copy.block) for copy in held)
-            if len(held) < member.prefetch and size < self.limits.prefetch_bytes_max:
-                waiting = [c for c in self.model.in_queue(member.key).values() if c.ready and not self.model.expired(c)]
-                assert not waiting, (consumer, waiting, core.queues)
+        check_store(self.driver, self.model)
 
     def teardown(self) -> None:
         try:
@@ -553,38 +510,3 @@ class CoreMachine(RuleBasedStateMachine):
             assert not leftovers(self.driver.spool_store, {fmt.QUEUE}), leftovers(self.driver.spool_store)
         kinds = {record.kind for record in Store(self.driver.backend, "", 0).records}
         assert "deleted" not in kinds, kinds
-
-
-def stored_messages(store: Store) -> dict[Key, dict[int, tuple[bytes, int]]]:
-    """Queue, order: body and deliveries as a new life of the store would find them."""
-    store = Store(store.backend, store.store_id, store.starts)  # a look from outside
-    found: dict[Key, dict[int, tuple[bytes, int]]] = {}
-    for record in store.records:
-        if record.kind == "deleted":
-            continue
-        key = (
-            ("queue", record.name)
-            if record.kind == "queue"
-            else ("subscription", record.client_id, record.subscription)
-        )
-        page = store.read_page(record.queue_id, record.head, 1_000, 1 << 20)
-        assert not page.corrupt, page.corrupt
-        rows = found.setdefault(key, {})
-        for entry in page.entries:
-            deliveries = entry.deliveries
-            if deliveries is None:
-                level, sequence = entry.order >> 56, entry.order & (1 << 56) - 1
-                deliveries = int(sequence < record.dispatched[level])
-            rows[entry.order] = (entry.message.body, deliveries)
-    return found
-
-
-def leftovers(store: Store, also: set[int] = frozenset()) -> list[bytes]:  # type: ignore[assignment]
-    """Keys that an empty store of queues wouldn't have."""
-    keys = []
-    for key, _ in store.backend.iterate(b"\0", bytes((fmt.END,))):
-        tag, *numbers = fmt.parse_key(key)
-        fence = tag in (fmt.MESSAGE, fmt.DELIVERIES) and numbers[1] == fmt.FENCE_ORDER
-        if not fence and tag in {fmt.MESSAGE, fmt.DELIVERIES, fmt.EXPIRY, fmt.BODY, fmt.REFERENCES, *also}:
-            keys.append(key)
-    return keys

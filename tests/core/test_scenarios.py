@@ -8,7 +8,7 @@ from pybroker.core import queue as queue_module
 from pybroker.core.consumer import AUTO
 from pybroker.message import Message
 from tests.core.bench import Bench
-from tests.core.machine import leftovers
+from tests.core.promises import leftovers
 
 
 def test_a_subscription_removed_in_the_turn_that_touched_it_leaves_no_descriptor():
