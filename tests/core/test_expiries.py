@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +102,19 @@ def test_what_is_out_when_it_expires_can_be_acknowledged_and_is_not_given_out_ag
     assert bench.seen(consumer) == [(b"1", 0), (b"2", 0)]
     assert bench.queue("/queue/a").depth == 0
     assert leftovers(bench.driver.store) == []
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_has_expired_and_was_not_swept_yet_is_not_delivered(durable: bool):
+    bench = Bench()
+    bench.send("/queue/a", b"1", durable=durable, expires=bench.driver.now + 50)
+    bench.send("/queue/a", b"2", durable=durable)
+    bench.settle()
+    bench.driver.now += 50
+    consumer = bench.subscribe("/queue/a")
+    bench.settle()
+    assert bench.bodies(consumer) == [b"2"]
+    assert bench.queue("/queue/a").counts.expired == 1
 
 
 def test_a_message_that_has_expired_already_is_not_taken():

@@ -33,7 +33,7 @@ def test_the_core_keeps_its_promises() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(not SOAK_SECONDS, reason="set PYBROKER_SOAK to a number of seconds")
+@pytest.mark.skipif(not SOAK_SECONDS, reason="PYBROKER_SOAK=SECONDS says how long")
 def test_the_core_keeps_its_promises_for_long() -> None:
     ends = time.monotonic() + SOAK_SECONDS
     programs = 0
