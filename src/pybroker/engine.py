@@ -153,13 +153,17 @@ class Engine:
     def _release(self, effects: list[Any]) -> None:
         if self._may_show is not None and not self._may_show():
             return  # committed, but not ours to confirm any more: whoever asked is told that it is in doubt
+        expired: list[Entry] = []
         for effect in effects:
             kind = effect.__class__
             if kind is Entry:
                 if effect.state == HELD:
-                    effect.state = SENT
                     consumer = effect.consumer
                     consumer.holding -= 1
+                    if effect.message.expires and effect.message.expires <= self.clock_ms():
+                        expired.append(effect)  # while its batch was being written: never shown late
+                        continue
+                    effect.state = SENT
                     self._deliver(consumer, effect)
             elif kind is tuple:
                 sink, token = effect
@@ -171,6 +175,10 @@ class Engine:
                 self._reads_send.send_nowait(effect)
         if self._touched:
             self._flush()
+        if expired:
+            self.core.now = self.clock_ms()
+            self.core.expire_held(expired)
+            self.end_turn()
 
     # ---- flow control
 

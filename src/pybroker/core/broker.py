@@ -512,6 +512,7 @@ class Core:
     dead_letter_due = retiring.dead_letter_due
     dead_letter = retiring.dead_letter
     expire = retiring.expire
+    expire_held = retiring.expire_held
     sweep = retiring.sweep
     due_loaded = retiring.due_loaded
 

@@ -46,6 +46,19 @@ def expire(core: Core, entry: Entry) -> None:
     entry.queue.forget(entry)
 
 
+def expire_held(core: Core, entries: list[Entry]) -> None:
+    """Remove deliveries that expired before they could be shown; their consumers may be given others."""
+    queues: dict[Queue, None] = {}
+    for entry in entries:
+        queue = entry.queue
+        queue.settle(entry)
+        del queue.outstanding[entry.order]
+        core.expire(entry)
+        queues[queue] = None
+    for queue in queues:
+        queue.dispatch()
+
+
 def sweep(core: Core) -> None:
     """Remove what has expired by `now`; what the store's index knows is asked for."""
     for entry in core.expiries.due(core.now):
