@@ -22,8 +22,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "protocols": ("protocols",),
     "store": ("store",),
     "cluster": ("cluster",),
-    "run time": ("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control", "keeper"),
-    "face": ("broker", "client", "subscription", "remote", "cli", "settings", "__main__", ""),
+    "run time": (
+        *("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
+        *("keeper", "replicated"),
+    ),
+    "face": ("broker", "client", "subscription", "statistics", "remote", "cli", "settings", "__main__", ""),
 }
 
 # Layer -> the layers that it may import beside itself.

@@ -3,9 +3,9 @@
 `open_broker` runs one; `Broker.connect` gives a client in the same process; other programs use STOMP.
 """
 
-from pybroker.broker import Broker, BrokerStatistics, DestinationStatistics, open_broker
+from pybroker.broker import Broker, open_broker
 from pybroker.client import Client, Confirmation, Publisher
-from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, StompLimits
+from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, ReplicaSetConfig, StompLimits
 from pybroker.errors import (
     AuthenticationFailed,
     BrokerClosed,
@@ -16,6 +16,7 @@ from pybroker.errors import (
     InvalidDestination,
     InvalidMessage,
     LimitExceeded,
+    NotLeader,
     ProtocolError,
     SendInDoubt,
     SlowConsumer,
@@ -28,6 +29,7 @@ from pybroker.errors import (
     UnknownDelivery,
 )
 from pybroker.settings import load_config
+from pybroker.statistics import BrokerStatistics, DestinationStatistics
 from pybroker.subscription import ReceivedMessage, Subscription
 from pybroker.users import hash_password
 
@@ -49,9 +51,11 @@ __all__ = [
     "InvalidMessage",
     "LimitExceeded",
     "Limits",
+    "NotLeader",
     "ProtocolError",
     "Publisher",
     "ReceivedMessage",
+    "ReplicaSetConfig",
     "SendInDoubt",
     "SlowConsumer",
     "StompLimits",

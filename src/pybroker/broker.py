@@ -7,70 +7,30 @@ listeners. Nothing that was not on disk is shown as confirmed. No global state: 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import trio
 
 from pybroker.client import Client
+from pybroker.cluster.leader import LeadershipLost
 from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
+from pybroker.core.consumer import Connection
 from pybroker.engine import Engine
-from pybroker.errors import BrokerClosed, StoreError
+from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, StoreError
 from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool
+from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
+from pybroker.statistics import BrokerStatistics, queue_statistics
 
 log = logging.getLogger("pybroker.broker")
 
-
-@dataclass(frozen=True, slots=True)
-class DestinationStatistics:
-    """One queue, durable subscription or subscriber's backlog. Counters since the broker opened its store.
-
-    depth        messages in it, delivered and unacknowledged ones included; `stored` of them are on disk
-    outstanding  delivered and not acknowledged
-    corrupt      stored messages that could not be read, and so are not delivered
-    """
-
-    kind: str
-    name: str
-    subscription: str
-    depth: int
-    stored: int
-    stored_bytes: int
-    in_memory: int
-    outstanding: int
-    consumers: int
-    enqueued: int
-    acknowledged: int
-    redelivered: int
-    dead_lettered: int
-    expired: int
-    corrupt: int
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerStatistics:
-    """The broker at one moment. Sizes in bytes."""
-
-    name: str
-    role: str
-    listeners: tuple[str, ...]
-    connections: int
-    connections_refused: int
-    memory_bytes: int
-    stored_bytes: int
-    spooled_bytes: int
-    epoch: int
-    lsn: int
-    batches: int
-    unrouted: int
-    expired_on_arrival: int
-    full: str
-    destinations: tuple[DestinationStatistics, ...]
+LAST_WORDS = 1.0  # seconds for connections to hear why they end when a replica stops
 
 
 class Broker:
@@ -82,6 +42,10 @@ class Broker:
         self._keeper = keeper
         self._engine: Engine | None = None
         self._server = Server(config, self._serving, self.software)
+        self._role = ("starting", 0)
+        self._role_changed = trio.Event()
+        self._waiting = trio.CancelScope()  # for a term
+        self._left: list[Connection] = []  # connections that were ended while their engine still commits
         self._stopping = False
         self._stopped = trio.Event()
 
@@ -89,34 +53,43 @@ class Broker:
 
     @property
     def listeners(self) -> tuple[str, ...]:
-        """URLs of the bound listeners, with their real ports."""
+        """URLs of the bound listeners, with their real ports. None are open while another replica leads."""
         return self._server.urls
 
     @property
     def role(self) -> str:
-        """``"standalone"``, or ``"starting"`` while the store is (again) being opened, or ``"stopped"``."""
-        return "stopped" if self._stopping else self._keeper.role[0]
+        """``"standalone"``, or ``"starting"`` while the store is (again) being opened, or ``"stopped"``.
+
+        In a replica set ``"none"``, ``"candidate"``, ``"joining"``, ``"follower"`` or ``"leader"``: only a leader serves clients.
+        """
+        return "stopped" if self._stopping else self._role[0]
 
     async def roles(self) -> AsyncIterator[tuple[str, int]]:
         """The role and its epoch, now and at each change. (Changes that follow each other at once may be seen as one.)"""
-        seen = self._keeper.role
         while True:
+            seen = self._role
             yield seen
-            seen = await self._keeper.wait_role_change(seen)
+            while self._role == seen:
+                await self._role_changed.wait()
 
     async def wait_role(self, role: str) -> int:
         """Wait until this broker has a role; returns the epoch."""
-        seen = self._keeper.role
-        while seen[0] != role:
-            seen = await self._keeper.wait_role_change(seen)
-        return seen[1]
+        while self._role[0] != role:
+            await self._role_changed.wait()
+        return self._role[1]
+
+    async def hand_over(self) -> None:
+        """Let another replica lead; returns when this one does not any more. Does nothing where it does not lead."""
+        self._keeper.hand_over()
+        while self._role[0] == "leader":
+            await self._role_changed.wait()
 
     def connect(self, client_id: str = "") -> Client:
         """A client in this process: ``async with broker.connect() as client``. Durable subscriptions need a client id."""
         return Client(self._serving, client_id)
 
     def statistics(self) -> BrokerStatistics:
-        """What there is at this moment. Raises BrokerClosed while the store is not open."""
+        """What there is at this moment. Raises BrokerClosed while the store is not open, NotLeader at a replica that follows."""
         engine = self._running()
         core = engine.core
         epoch, lsn = engine.journal.position
@@ -135,26 +108,7 @@ class Broker:
             unrouted=core.unrouted,
             expired_on_arrival=core.expired_on_arrival,
             full=core.disk_full,
-            destinations=tuple(
-                DestinationStatistics(
-                    kind=queue.kind,
-                    name=queue.name,
-                    subscription=f"{queue.client_id}/{queue.subscription}" if queue.subscription else "",
-                    depth=queue.depth,
-                    stored=queue.count,
-                    stored_bytes=queue.size,
-                    in_memory=len(queue.window) + len(queue.outstanding),
-                    outstanding=len(queue.outstanding),
-                    consumers=len(queue.consumers),
-                    enqueued=queue.counts.enqueued,
-                    acknowledged=queue.counts.acknowledged,
-                    redelivered=queue.counts.redelivered,
-                    dead_lettered=queue.counts.dead_lettered,
-                    expired=queue.counts.expired,
-                    corrupt=queue.counts.corrupt,
-                )
-                for queue in core.queues.values()
-            ),
+            destinations=tuple(queue_statistics(queue) for queue in core.queues.values()),
         )
 
     # ---- life
@@ -169,81 +123,166 @@ class Broker:
             raise STOPPING
         return self._running()
 
+    def _update_role(self) -> None:
+        """A leader is one that serves: while it commits its first batch or opens its listeners it is still a candidate."""
+        role, epoch = self._keeper.role
+        if role == "leader" and self._engine is None:
+            role = "candidate"
+        if self._stopping:
+            role = "stopped"
+        if (role, epoch) != self._role:
+            self._role = (role, epoch)
+            self._role_changed.set()
+            self._role_changed = trio.Event()
+
+    async def _watch_role(self) -> None:
+        seen = self._keeper.role
+        while True:
+            self._update_role()
+            seen = await self._keeper.wait_role_change(seen)
+
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Run an engine in each term until `_stop`; raises only what happens before it is ready."""
-        config = self.config
+        always = self._keeper.serves_always
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._keeper.run)
-                await self._server.bind()
-                started = False
+                nursery.start_soon(self._watch_role)
+                if always:
+                    await self._server.bind()
+                else:
+                    await self._start_control(nursery)
+                    task_status.started()
+                started = not always
                 while not self._stopping:
-                    term = await self._keeper.next_term()
-                    async with self._serve_term(term):
+                    term = await self._next_term()
+                    if term is None:
+                        break
+                    async with self._serve_term(term, nursery):
                         if not started:
                             started = True
                             nursery.start_soon(self._server.run)
-                            if config.data_dir is not None:
-                                await nursery.start(ControlServer(config.data_dir, self.statistics).run)
+                            await self._start_control(nursery)
                             task_status.started()
                 await self._keeper.stop()
+                if not always:
+                    with trio.move_on_after(LAST_WORDS):
+                        await self._server.wait_closed()
                 nursery.cancel_scope.cancel()
         finally:
             self._stopped.set()
 
+    async def _next_term(self) -> Term | None:
+        """The next term, None when the broker is to stop before there is one."""
+        with trio.CancelScope() as self._waiting:
+            return await self._keeper.next_term()
+        return None
+
+    async def _start_control(self, nursery: trio.Nursery) -> None:
+        if self.config.data_dir is not None:
+            commands = {"status": self._status, **self._keeper.commands()}
+            await nursery.start(ControlServer(self.config.data_dir, commands).run)
+
+    async def _status(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return asdict(self.statistics())
+
     @asynccontextmanager
-    async def _serve_term(self, term: Term) -> AsyncIterator[None]:
-        """Run an engine on the term's store until the term, the engine or the broker ends. Yields once it runs."""
+    async def _serve_term(self, term: Term, nursery: trio.Nursery) -> AsyncIterator[None]:
+        """Run an engine on the term's store until the term, the engine or the broker ends. Yields once it serves."""
         spool = make_spool(self.config)
-        engine = Engine(self.config, term.store, spool, committer=term.committer, may_show=lambda: term.valid)
+        engine = Engine(
+            self.config,
+            term.store,
+            spool,
+            epoch=term.epoch,
+            committer=term.committer,
+            may_show=None if self._keeper.serves_always else lambda: term.valid,
+        )
         try:
             async with trio.open_nursery() as running:
                 await running.start(engine.run)
                 self._engine = engine
                 running.start_soon(self._end_with_term, term, engine, running.cancel_scope)
+                running.start_soon(self._hand_over_when_asked, term, engine)
+                if not self._keeper.serves_always:
+                    await self._open_listeners(nursery)
+                self._update_role()
                 yield
                 await engine.wait_ended()
                 running.cancel_scope.cancel()
+        except* LeadershipLost as group:
+            log.warning("every connection is closed: %s", single(group))
+            engine.fail(self._keeper.why_not())
         except* (StoreError, OSError) as group:
             error = single(group)
             log.error("the store failed, every connection is closed: %s", error)
             engine.fail(BrokerClosed(f"the store failed and is being opened again: {error}"))
         finally:
             self._engine = None
+            self._update_role()
+            if not self._keeper.serves_always:
+                self._server.close_listeners()
             await close_store(spool)
             term.release()
+            left, self._left = self._left, []
+            for connection in left:  # clients of this process that are still waiting for something
+                connection.sink.fail(BrokerClosed("the broker has stopped") if self._stopping else self._keeper.why_not())
+
+    async def _open_listeners(self, nursery: trio.Nursery) -> None:
+        """Serve this term's clients. The last ones of a term are told why it ended after the store was released already."""
+        self._server = Server(self.config, self._serving, self.software, self._server.ports)
+        try:
+            await self._server.bind()
+        except ConfigurationError as error:
+            log.error("this replica can't serve clients, another one is asked to lead: %s", error)
+            self._keeper.hand_over()
+            return
+        nursery.start_soon(self._server.run)
+        self._keeper.show_clients(self._server.urls)
 
     async def _end_with_term(self, term: Term, engine: Engine, scope: trio.CancelScope) -> None:
         """When the term is lost, nothing more may be shown: every connection ends, told where to go."""
         await term.lost.wait()
         log.warning("every connection is closed: %s", term.reason)
         self._engine = None
+        self._server.close_listeners()
         engine.fail(self._keeper.why_not())
         scope.cancel()
 
-    async def _stop(self) -> None:
-        """Stop in good order, within `stop_timeout`: take nothing more, commit what was taken, return what is out."""
-        config = self.config
-        self._stopping = True
-        with trio.move_on_after(config.stop_timeout):
-            await self._server.stop_accepting()
-            self._server.close_connections(STOPPING)
-            await self._server.wait_closed()
-        engine = self._engine
-        if engine is None:
-            return
+    async def _hand_over_when_asked(self, term: Term, engine: Engine) -> None:
+        """Take nothing more, commit what was taken, and so end this term: another replica goes on with it."""
+        await term.handover.wait()
+        self._engine = None
+        error = NotLeader("this replica is handing over to another one: connect again in a moment")
+        self._server.close_listeners()
+        self._server.close_connections(error)
+        self._wind_up(engine, error)
+
+    def _wind_up(self, engine: Engine, error: BrokerError) -> None:
+        """End what is connected: what it was handed returns, what it sent is committed and confirmed; then the engine ends."""
         if engine.error is None:
             core = engine.begin_turn()
-            connections = list(core.connections)
-            for connection in connections:
+            self._left = list(core.connections)
+            for connection in self._left:
                 core.disconnect(connection)
                 if isinstance(connection.sink, Client):  # or else one that never pauses would keep the journal going
-                    connection.sink.refuse(STOPPING)
+                    connection.sink.refuse(error)
             engine.end_turn()
             engine.journal.close()
-            await self._stopped.wait()
-            for connection in connections:  # clients of this process that are still waiting for something
-                connection.sink.fail(BrokerClosed("the broker has stopped"))
+
+    async def _stop(self) -> None:
+        """Stop in good order, within `stop_timeout`: take nothing more, commit what was taken, return what is out."""
+        self._stopping = True
+        self._waiting.cancel()
+        engine = self._engine
+        with trio.move_on_after(self.config.stop_timeout):
+            self._server.close_listeners()
+            self._server.close_connections(STOPPING)
+            if self._keeper.serves_always:
+                await self._server.wait_closed()  # in a set others wait to serve: the last words are said later
+        self._update_role()
+        if engine is not None:
+            self._wind_up(engine, STOPPING)
         await self._stopped.wait()
 
 
@@ -265,7 +304,7 @@ async def open_broker(config: BrokerConfig | None = None, **overrides: object) -
         log.warning(
             "broker %s has no data_dir: messages are kept in memory only and are lost when it stops", checked.name
         )
-    broker = Broker(checked, Alone(checked))
+    broker = Broker(checked, Alone(checked) if checked.replica_set is None else make_replicated(checked))
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(broker._run)

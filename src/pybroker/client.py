@@ -17,7 +17,7 @@ from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
 from pybroker.engine import Engine
-from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, SendInDoubt
+from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, NotLeader, SendInDoubt
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
 from pybroker.subscription import ReceivedMessage, Subscription
 
@@ -200,8 +200,18 @@ class Client:
 
     def _begin_turn(self) -> Core:
         if self._error is not None:
-            raise self._error
+            raise self._present(self._error)
         return self._running.begin_turn()
+
+    def _present(self, error: BrokerError) -> BrokerError:
+        """What ended this client, said anew: where the leader is now may have become known since."""
+        if not isinstance(error, NotLeader):
+            return error
+        try:
+            self._find_engine()
+        except BrokerError as now:
+            return now
+        return NotLeader("this client's leadership has ended, and a new one has begun here: make another client")
 
     async def _wait_room(self, message: Message) -> None:
         engine = self._running

@@ -81,6 +81,7 @@ class ReplicaSetConfig:
     secret      shared by the members: both ends of each replication link prove that they know it; "" = no proof
     zookeeper_auth  USER:PASSWORD for digest ACLs on all nodes that are made; "" = open to all
     certificate, key, peer_ca  PEM files for TLS with client certificates on the replication links; None = plaintext
+    allow       what may be done without beyond loopback: "plaintext" (no TLS), "anonymous" (no secret)
     """
 
     name: str
@@ -91,11 +92,12 @@ class ReplicaSetConfig:
     clients: tuple[str, ...] = ()
     sync: Literal["quorum_disk", "quorum_mem", "local_disk", "local_mem"] = "quorum_disk"
     weight: int = 0
-    secret: str = ""
-    zookeeper_auth: str = ""
+    secret: str = field(default="", repr=False)
+    zookeeper_auth: str = field(default="", repr=False)
     certificate: Path | None = None
     key: Path | None = None
     peer_ca: Path | None = None
+    allow: tuple[str, ...] = ()
     session_timeout: float = 10.0  # seconds of ZooKeeper's session; no failover waits for it
     heartbeat_interval: float = 0.2  # seconds between two heart-beats on a replication link
     heartbeat_timeout: float = 1.0  # seconds of silence after which a link counts as broken
@@ -120,6 +122,8 @@ class BrokerConfig:
     sync        whether a commit waits for the disk (fsync); False is for tests and data that may be lost
     stop_timeout  seconds for which a graceful stop may last before connections are cut
     reopen_delay, reopen_delay_max  seconds before a failed store is opened again, doubling up to the second
+    replica_set  membership in a replica set (needs ``data_dir``, a ``name`` of its own, and lets only the leader open
+                the listeners); None = a broker on its own
     """
 
     name: str = "pybroker"
@@ -134,3 +138,4 @@ class BrokerConfig:
     stomp: StompLimits = StompLimits()
     limits: Limits = Limits()
     delivery: DeliveryPolicy = DeliveryPolicy()
+    replica_set: ReplicaSetConfig | None = None

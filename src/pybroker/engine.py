@@ -59,7 +59,7 @@ class Sink(Protocol):
 
 
 class Engine:
-    """One life of an open store."""
+    """One life of an open store. `epoch` is the leadership's: one opening of a store may see several."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class Engine:
         store: Store,
         spool: Spool,
         *,
+        epoch: int = 0,
         committer: Committer | None = None,
         may_show: Callable[[], bool] | None = None,
         clock_ms: Callable[[], int] = wall_clock_ms,
@@ -77,8 +78,8 @@ class Engine:
         self.core = Core(
             config.limits,
             config.delivery,
-            incarnation=store.starts,
-            id_prefix=f"{store.store_id}-{store.starts:x}-",
+            first_id=store.first_unused_id,
+            id_prefix=f"{store.store_id}-{store.starts:x}-{f'{epoch:x}-' if epoch else ''}",
             records=store.records,
             now=clock_ms(),
         )

@@ -90,6 +90,20 @@ class BrokerClosed(BrokerError):
     code = "closed"
 
 
+class NotLeader(BrokerClosed):
+    """This broker is a replica that does not lead: nothing is taken or delivered here now.
+
+    `leader` is the name of the replica that leads, "" while none is known; `urls` are the addresses for its clients.
+    """
+
+    code = "not-leader"
+
+    def __init__(self, text: str, leader: str = "", urls: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.leader = leader
+        self.urls = urls
+
+
 class SendInDoubt(BrokerError):
     """The journal failed while the send or acknowledgement was under way: it may or may not be stored."""
 

@@ -7,16 +7,17 @@ set one leadership. The broker runs an engine for each term and knows no differe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
 from pybroker.config import BrokerConfig
-from pybroker.errors import BrokerClosed, BrokerError, StoreError
+from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, StoreError
 from pybroker.spool import Spool
 from pybroker.store.committer import Committer
+from pybroker.store.layout import IDENTITY_FILE, current_name, read_identity
 from pybroker.store.leveldb import LevelDBBackend
 from pybroker.store.memory import MemoryBackend
 from pybroker.store.spool import open_spool
@@ -24,8 +25,9 @@ from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.keeper")
 
-STORE = "store"  # directories in `data_dir`
-SPOOL = "spool"
+SPOOL = "spool"  # a directory in `data_dir`
+
+Command = Callable[[Mapping[str, Any]], Awaitable[Any]]  # of the control socket: arguments in, what is shown out
 
 
 class Term(Protocol):
@@ -33,11 +35,13 @@ class Term(Protocol):
 
     committer  what makes batches durable; None = the store itself
     lost       set when the term is over: nothing more may be shown or confirmed; `reason` says why
+    handover   set when this process is asked to let another one serve: take nothing more, commit, and release the term
     """
 
     epoch: int
     store: Store
     lost: trio.Event
+    handover: trio.Event
     reason: str
 
     @property
@@ -54,7 +58,12 @@ class Term(Protocol):
 
 
 class Keeper(Protocol):
-    """Gives terms, one after the other."""
+    """Gives terms, one after the other.
+
+    serves_always  whether the listeners are open all the time; or else only while there is a term
+    """
+
+    serves_always: bool
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Live until `stop` or cancelled. Raises what makes a start impossible."""
@@ -66,6 +75,14 @@ class Keeper(Protocol):
 
     async def stop(self) -> None:
         """End in good order, after the last term was released; `run` returns."""
+        ...
+
+    def hand_over(self) -> None:
+        """Set the present term's `handover`; nothing where nobody else could serve."""
+        ...
+
+    def show_clients(self, urls: tuple[str, ...]) -> None:
+        """The listeners that are open now: where clients of the present term find it."""
         ...
 
     def why_not(self) -> BrokerError:
@@ -81,8 +98,8 @@ class Keeper(Protocol):
         """Wait until the role or epoch is another one than `seen`."""
         ...
 
-    def status(self) -> dict[str, Any]:
-        """For operators: what there is beside the broker's own statistics."""
+    def commands(self) -> Mapping[str, Command]:
+        """What operators may ask over the control socket beside the broker's own statistics."""
         ...
 
 
@@ -96,6 +113,7 @@ class AloneTerm:
         self.epoch = store.position[0]
         self.store = store
         self.lost = trio.Event()
+        self.handover = trio.Event()
         self.reason = ""
         self.released = trio.Event()
 
@@ -105,6 +123,8 @@ class AloneTerm:
 
 class Alone:
     """The keeper of a broker of its own: opens the store, again and with back-off when it has failed."""
+
+    serves_always = True
 
     def __init__(self, config: BrokerConfig) -> None:
         self._config = config
@@ -171,7 +191,13 @@ class Alone:
             await self._changed.wait()
         return self.role
 
-    def status(self) -> dict[str, Any]:
+    def hand_over(self) -> None:
+        """There is nobody else."""
+
+    def show_clients(self, urls: tuple[str, ...]) -> None:
+        """Nobody asks."""
+
+    def commands(self) -> Mapping[str, Command]:
         return {}
 
 
@@ -188,7 +214,13 @@ def _open_directory(directory: Path) -> Store:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"data_dir {directory} can't be made: {error.strerror}") from error
-    return Store.open(LevelDBBackend(directory / STORE))
+    identity = read_identity(directory)
+    if identity is not None:
+        raise ConfigurationError(
+            f"data_dir {directory} belongs to replica {identity.name!r} of set {identity.set!r}: give replica_set; or, to use its "
+            f"messages outside of the set for good, remove {directory / IDENTITY_FILE}, and it is no copy of the set any more"
+        )
+    return Store.open(LevelDBBackend(directory / current_name(directory)))
 
 
 def make_spool(config: BrokerConfig) -> Spool:

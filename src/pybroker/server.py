@@ -6,7 +6,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import trio
@@ -26,14 +26,20 @@ LOGINS_AT_A_TIME = 2  # password checks that run at once; each takes a thread te
 
 
 class Server:
-    """All listeners of one broker. `find_engine` gives the engine that runs now; raises while there is none."""
+    """All listeners of one broker. `find_engine` gives the engine that runs now; raises while there is none.
 
-    def __init__(self, config: BrokerConfig, find_engine: Callable[[], Engine], software: str) -> None:
+    `ports` are those that its predecessor had: a listener of port 0 takes its own again.
+    """
+
+    def __init__(
+        self, config: BrokerConfig, find_engine: Callable[[], Engine], software: str, ports: Sequence[int] = ()
+    ) -> None:
         self.config = config
         self.software = software  # the name in CONNECTED
         self.memo = HeaderMemo()
         self.beating: set[StompConnection] = set()
         self.urls: tuple[str, ...] = ()
+        self.ports = tuple(ports)
         self.refused = 0  # connections beyond the limit
         self._find_engine = find_engine
         self._users = Users(config.users)
@@ -52,12 +58,13 @@ class Server:
     async def bind(self) -> None:
         """Open all listeners. Raises ConfigurationError; then none is left open."""
         try:
-            for url in self.config.listen:
+            for number, url in enumerate(self.config.listen):
                 listener = parse_listener(url)
                 check_exposure(listener, self.config.anonymous)
                 context = make_ssl_context(listener)
+                port = listener.port or (self.ports[number] if self.ports else 0)
                 try:
-                    sockets = await trio.open_tcp_listeners(listener.port, host=listener.host)
+                    sockets = await trio.open_tcp_listeners(port, host=listener.host)
                 except OSError as error:
                     reason = error.strerror or error.__cause__ or error
                     raise ConfigurationError(f"listener {listener.url} can't be opened: {reason}") from None
@@ -69,8 +76,9 @@ class Server:
         except BaseException:
             await self._unbind()
             raise
+        self.ports = tuple(sockets[0].socket.getsockname()[1] for _, _, sockets in self._bound)
         self.urls = tuple(
-            listener.address_url(sockets[0].socket.getsockname()[1]) for listener, _, sockets in self._bound
+            listener.address_url(port) for (listener, _, _), port in zip(self._bound, self.ports, strict=True)
         )
 
     async def _unbind(self) -> None:
@@ -95,10 +103,14 @@ class Server:
                         await trio.sleep_forever()
             nursery.cancel_scope.cancel()
 
-    async def stop_accepting(self) -> None:
-        """Close the listeners."""
+    def close_listeners(self) -> None:
+        """Accept nothing more: `run` returns with the end of the last connection."""
         self._accepting.cancel()
-        await self._unbind()
+        for _, _, sockets in self._bound:
+            for each in sockets:
+                each.socket.close()
+        self._bound.clear()
+        self.urls = ()
 
     def close_connections(self, error: BrokerError) -> None:
         """End all connections in good order: what was taken is committed and confirmed first."""

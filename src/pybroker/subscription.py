@@ -176,7 +176,7 @@ class Subscription:
             if entries:
                 break
             if self._error is not None:
-                raise self._error
+                raise self._client._present(self._error)
             self._arrived = trio.Event()
             await self._arrived.wait()
         received = [ReceivedMessage(self, entry) for entry in entries]

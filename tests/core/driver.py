@@ -140,7 +140,7 @@ class Driver:
         self.core = Core(
             self.limits,
             self.delivery,
-            incarnation=self.store.starts,
+            first_id=self.store.first_unused_id,
             id_prefix=f"id-{self.store.starts:x}-",
             records=self.store.records,
             now=self.now,

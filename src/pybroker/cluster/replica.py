@@ -71,7 +71,7 @@ class Replica:
         self._network = network
         self._run_blocking = run_blocking
         self._rng = rng
-        self._clients = clients
+        self.clients = clients
         self._store: Store | None = None
         self._ring = Ring(config.ring_bytes_max)
         self._leading: Leader | None = None
@@ -103,6 +103,12 @@ class Replica:
                 yield now
             else:
                 await changed.wait()
+
+    async def wait_role_change(self, seen: tuple[str, int]) -> tuple[str, int]:
+        """Wait until the role or its epoch is another one than `seen`."""
+        while (self.role, self.epoch) == seen:
+            await self._changed.wait()
+        return self.role, self.epoch
 
     def hand_over(self) -> None:
         """Ask a leader to resign in good order once its user has released the term. Does nothing elsewhere."""
@@ -332,7 +338,7 @@ class Replica:
 
     async def _stand(self, seen: int, view: View, me: Me, leader: LeaderRecord | None) -> None:
         attempt = f"{self._rng.getrandbits(64):016x}"
-        record = LeaderRecord(0, self.name, attempt, self.address, self._clients())
+        record = LeaderRecord(0, self.name, attempt, self.address, self.clients())
         now = trio.current_time()
         proposal = election.propose(view, me, self.config.replicas, record, forced=self.forced)
         self.blocked = proposal.reason if isinstance(proposal, Blocked) else ""
@@ -501,7 +507,7 @@ class Replica:
                 view, seen = await self._look()
                 if view.epoch > record.epoch:
                     raise LeadershipLost(f"epoch {view.epoch} has begun", view.epoch)
-                shown = LeaderRecord(record.epoch, record.name, record.attempt, self.address, self._clients())
+                shown = LeaderRecord(record.epoch, record.name, record.attempt, self.address, self.clients())
                 self.leader = shown
                 if view.epoch == record.epoch and not election.is_shown(view, shown, self._coordinator.session):
                     await self._coordinator.transact(election.show_again(view, shown))

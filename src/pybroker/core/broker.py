@@ -65,14 +65,14 @@ class Topic:
 
 
 class Core:
-    """The state machine. `incarnation` is a number that no earlier life of the store has had (ids are made of it)."""
+    """The state machine. Ids of queues and bodies from `first_id` on were never used in the store, in no life of it."""
 
     def __init__(
         self,
         limits: Limits,
         delivery: DeliveryPolicy,
         *,
-        incarnation: int,
+        first_id: int,
         id_prefix: str,
         records: Iterable[QueueRecord] = (),
         now: int = 0,
@@ -99,10 +99,9 @@ class Core:
         self.queues: dict[int, Queue] = {}
         self.unrouted = 0  # messages to topics that nobody subscribes to
         self.expired_on_arrival = 0
-        self._incarnation = incarnation
         self._id_prefix = id_prefix.encode()
         self._last_message = 0
-        self._last_id = incarnation << 32
+        self._last_id = first_id - 1
         self.dirty: list[Queue] = []  # queues whose descriptor in the store is out of date
         self.by_destination: dict[str, Queue] = {}
         self._subscriptions: dict[tuple[str, str], Queue] = {}

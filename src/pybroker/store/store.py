@@ -63,6 +63,11 @@ class Store:
         self._due = DueReader()
         self.reload()
 
+    @property
+    def first_unused_id(self) -> int:
+        """From here on an id was neither a queue's nor a body's."""
+        return max(self.next_queue_id, self.next_body_id)
+
     @classmethod
     def open(cls, backend: Backend) -> Store:
         """Read, or make, the store in a backend. Blocking: a few reads and one synced write.

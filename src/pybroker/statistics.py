@@ -1,0 +1,75 @@
+"""What a broker has at one moment, as frozen values. Owns their shape; asked for by `Broker.statistics`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pybroker.core.queue import Queue
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationStatistics:
+    """One queue, durable subscription or subscriber's backlog. Counters since the broker opened its store.
+
+    depth        messages in it, delivered and unacknowledged ones included; `stored` of them are on disk
+    outstanding  delivered and not acknowledged
+    corrupt      stored messages that could not be read, and so are not delivered
+    """
+
+    kind: str
+    name: str
+    subscription: str
+    depth: int
+    stored: int
+    stored_bytes: int
+    in_memory: int
+    outstanding: int
+    consumers: int
+    enqueued: int
+    acknowledged: int
+    redelivered: int
+    dead_lettered: int
+    expired: int
+    corrupt: int
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerStatistics:
+    """The broker at one moment. Sizes in bytes."""
+
+    name: str
+    role: str
+    listeners: tuple[str, ...]
+    connections: int
+    connections_refused: int
+    memory_bytes: int
+    stored_bytes: int
+    spooled_bytes: int
+    epoch: int
+    lsn: int
+    batches: int
+    unrouted: int
+    expired_on_arrival: int
+    full: str
+    destinations: tuple[DestinationStatistics, ...]
+
+
+def queue_statistics(queue: Queue) -> DestinationStatistics:
+    """One queue's row."""
+    return DestinationStatistics(
+        kind=queue.kind,
+        name=queue.name,
+        subscription=f"{queue.client_id}/{queue.subscription}" if queue.subscription else "",
+        depth=queue.depth,
+        stored=queue.count,
+        stored_bytes=queue.size,
+        in_memory=len(queue.window) + len(queue.outstanding),
+        outstanding=len(queue.outstanding),
+        consumers=len(queue.consumers),
+        enqueued=queue.counts.enqueued,
+        acknowledged=queue.counts.acknowledged,
+        redelivered=queue.counts.redelivered,
+        dead_lettered=queue.counts.dead_lettered,
+        expired=queue.counts.expired,
+        corrupt=queue.counts.corrupt,
+    )
