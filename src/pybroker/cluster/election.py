@@ -209,6 +209,12 @@ def propose(
     writes: list[Write] = [_emptied(name, slot, version) for name, slot, version in group]
     roster = dict(view.roster)
     if is_virgin(view):
+        loaded = [name for name, slot, _ in ranked if slot.candidate is not None and slot.candidate > (0, 0)]
+        if len(loaded) > 1:
+            return Blocked(
+                f"replicas {', '.join(sorted(loaded))} all bring messages of a time outside of any set, and only one's can be "
+                "gone on with: stop the others, move their data directories away, and start them with empty ones"
+            )
         roster = {name: slot.incarnation for name, slot, _ in group}
         writes.append(SetNode("roster", encode_roster(roster), view.roster_version))
     else:

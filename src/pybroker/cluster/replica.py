@@ -418,6 +418,11 @@ class Replica:
         """Give up the slot under the leader's epoch, then take its frames until the link ends."""
         store = self._store
         assert store is not None
+        if store.position[0] == 0 and store.position[1] > 0:
+            raise ConfigurationError(
+                f"replica {self.name!r} brings messages of a time outside of any set, which following {leader.name!r} would "
+                "overwrite: move its data_dir away (or bring them over as a client), and start it with an empty one"
+            )
         try:
             self._become(JOINING, leader.epoch, leader)
             version = view.slots[me.name][1]
@@ -432,17 +437,38 @@ class Replica:
                 self.config, self.name, self._copies, store, self._ring, run_blocking=self._run_blocking, rng=self._rng
             )
             self._following = follower
-            try:
-                await follower.follow(greeting, leader.epoch, lambda: self._become(FOLLOWER, leader.epoch, leader))
-            except FollowingEnded as ended:
-                log.info("replica %s no longer follows %s: %s", self.name, leader.name, ended)
-            finally:
-                self._store = follower.store
-                self._following = None
+            failure: Exception | None = None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_leader, leader)
+                try:
+                    await follower.follow(greeting, leader.epoch, lambda: self._become(FOLLOWER, leader.epoch, leader))
+                except FollowingEnded as ended:
+                    log.info("replica %s no longer follows %s: %s", self.name, leader.name, ended)
+                except Exception as error:  # not from within the nursery, which would wrap it
+                    failure = error
+                finally:
+                    self._store = follower.store
+                    self._following = None
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
             self._unreachable[leader.attempt] = trio.current_time() + self.config.election_step
         finally:
             self._become(NONE)
             await trio.aclose_forcefully(greeting.stream)
+
+    async def _watch_leader(self, followed: LeaderRecord) -> None:
+        """The leader that is followed shows its addresses for clients once it has them: for those who ask here."""
+        while True:
+            seen = self._coordinator.changes
+            try:
+                view, seen = await self._look()
+                shown = view.leader
+                if shown is not None and shown.attempt == followed.attempt and self.leader is not None:
+                    self.leader = shown
+            except (CoordinatorLost, ConfigurationError):
+                pass
+            await self._coordinator.wait_change(seen)
 
     # ---- leading
 
@@ -568,10 +594,17 @@ def _first(error: BaseException) -> BaseException:
 
 
 def check_replica_set(config: ReplicaSetConfig) -> None:
-    """Raise ConfigurationError for a set that can't be."""
+    """Raise ConfigurationError for a set that can't be: one line per fault."""
+    faults = []
+    interval, timeout, lease = config.heartbeat_interval, config.heartbeat_timeout, config.lease
     if config.replicas % 2 == 0 or config.replicas < 1:
-        raise ConfigurationError(f"replica_set.replicas must be odd, not {config.replicas}: a half is no majority")
-    if config.heartbeat_interval * 2 > config.heartbeat_timeout:
-        raise ConfigurationError("replica_set.heartbeat_timeout must be at least twice heartbeat_interval")
-    if config.heartbeat_timeout > config.lease:
-        raise ConfigurationError("replica_set.lease must be at least heartbeat_timeout")
+        faults.append(f"replica_set.replicas: expected an odd number, got {config.replicas}: a half is no majority")
+    if interval * 2 > timeout:
+        faults.append(
+            f"replica_set.heartbeat_timeout: expected at least twice replica_set.heartbeat_interval ({interval}), "
+            f"got {timeout}"
+        )
+    if timeout > lease:
+        faults.append(f"replica_set.lease: expected at least replica_set.heartbeat_timeout ({timeout}), got {lease}")
+    if faults:
+        raise ConfigurationError("\n".join(faults))
