@@ -226,7 +226,9 @@ class Broker:
             term.release()
             left, self._left = self._left, []
             for connection in left:  # clients of this process that are still waiting for something
-                connection.sink.fail(BrokerClosed("the broker has stopped") if self._stopping else self._keeper.why_not())
+                connection.sink.fail(
+                    BrokerClosed("the broker has stopped") if self._stopping else self._keeper.why_not()
+                )
 
     async def _open_listeners(self, nursery: trio.Nursery) -> None:
         """Serve this term's clients. The last ones of a term are told why it ended after the store was released already."""

@@ -1,0 +1,221 @@
+"""Whole brokers in a replica set, on virtual time: what an embedding program and its clients see of leading and following."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+
+from pybroker.broker import Broker
+from pybroker.cluster.memory import MemoryCoordinator, MemoryZooKeeper
+from pybroker.cluster.replica import Replica
+from pybroker.config import BrokerConfig
+from pybroker.errors import BrokerClosed, BrokerError, NotLeader, SendInDoubt
+from pybroker.replicated import Replicated
+from pybroker.store.copies import MemoryCopies
+from tests.cluster.replicas import until
+from tests.cluster.test_replica import CONFIG, DELAY, Network
+from tests.store.forgetful import ForgetfulBackend
+
+Q = "/queue/q"
+
+
+class Embedded:
+    """A broker of a set, embedded in a program that can be killed."""
+
+    def __init__(self, brokers: Brokers, name: str) -> None:
+        self.brokers = brokers
+        self.name = name
+        rng = random.Random(name)
+        self.copies = MemoryCopies("set", name, lambda: f"{rng.getrandbits(32):08x}", ForgetfulBackend)
+        self.rng = rng
+        self.roles: list[str] = []
+
+    async def start(self) -> None:
+        self.coordinator: MemoryCoordinator = self.brokers.zookeeper.connect(self.name)
+        config = replace(CONFIG, bind=self.name, clients=(f"stomp://{self.name}:61613",))
+        replica = Replica(
+            config,
+            self.name,
+            self.copies,
+            self.coordinator,
+            self.brokers.network,
+            run_blocking=self._run_blocking,
+            rng=self.rng,
+        )
+        self.broker = Broker(BrokerConfig(name=self.name), Replicated(replica))
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        await self.brokers.nursery.start(self._run, self.scope)
+        self.brokers.nursery.start_soon(self._watch, self.broker)
+
+    async def _run(self, scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await self.broker._run(task_status=task_status)
+        self.ended.set()
+
+    async def _watch(self, broker: Broker) -> None:
+        async for role, _ in broker.roles():
+            self.roles.append(role)
+
+    async def _run_blocking(self, call: Callable[[], Any]) -> Any:
+        await trio.sleep(0.001)
+        return call()
+
+    async def kill(self) -> None:
+        self.brokers.zookeeper.kill(self.coordinator)
+        self.scope.cancel()
+        await self.ended.wait()
+        backend = self.copies.backend
+        assert isinstance(backend, ForgetfulBackend)
+        self.copies.backend = backend.crash(0)
+
+
+class Brokers:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.network = Network()
+        self.zookeeper = MemoryZooKeeper(session_timeout=10.0, delay=lambda: DELAY)
+        self.all = {name: Embedded(self, name) for name in "abc"}
+
+    def leading(self) -> list[Embedded]:
+        return [one for one in self.all.values() if one.broker.role == "leader"]
+
+    async def leader(self) -> Embedded:
+        await until(lambda: bool(self.leading()), 10.0)
+        (leader,) = self.leading()
+        return leader
+
+    async def settled(self) -> Embedded:
+        await until(
+            lambda: sorted(one.broker.role for one in self.all.values()) == ["follower", "follower", "leader"], 10.0
+        )
+        return await self.leader()
+
+
+@asynccontextmanager
+async def brokers() -> AsyncIterator[Brokers]:
+    async with trio.open_nursery() as nursery:
+        group = Brokers(nursery)
+        await nursery.start(group.zookeeper.run)
+        for one in group.all.values():
+            await one.start()
+        yield group
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_follower_says_who_leads_and_where(autojump_clock: trio.abc.Clock) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        follower = next(one for one in group.all.values() if one is not leader)
+        with pytest.raises(NotLeader, match=f"replica {leader.name} does, at stomp://{leader.name}:61613") as caught:
+            async with follower.broker.connect():
+                pass
+        assert (caught.value.leader, caught.value.urls) == (leader.name, (f"stomp://{leader.name}:61613",))
+        with pytest.raises(NotLeader):
+            follower.broker.statistics()
+        assert follower.broker.listeners == ()
+        assert await leader.broker.wait_role("leader") == leader.broker.statistics().epoch
+
+
+async def test_a_killed_leaders_messages_are_at_the_next_one(autojump_clock: trio.abc.Clock) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        async with leader.broker.connect() as client:
+            for number in range(50):
+                await client.send(Q, b"%d" % number)
+        await leader.kill()
+        await until(lambda: any(one is not leader for one in group.leading()), 1.0)
+        (new,) = (one for one in group.leading() if one is not leader)
+        async with new.broker.connect() as client, client.subscribe(Q) as messages:
+            assert [(await messages.receive()).body for _ in range(50)] == [b"%d" % number for number in range(50)]
+            await client.send(Q, b"more")
+        await leader.start()
+        await until(lambda: leader.broker.role == "follower", 5.0)
+
+
+async def test_a_hand_over_confirms_what_was_sent_and_tells_clients_where_to_go(autojump_clock: trio.abc.Clock) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        confirmed: list[int] = []
+        errors: list[BrokerError] = []
+
+        async def send(client: Any, number: int) -> None:
+            try:
+                await client.send(Q, b"%d" % number)
+                confirmed.append(number)
+            except BrokerError as error:
+                errors.append(error)
+
+        async with leader.broker.connect() as client, client.subscribe("/queue/other") as nothing:
+            async with trio.open_nursery() as sending:
+                for number in range(20):
+                    sending.start_soon(send, client, number)
+                await trio.lowlevel.checkpoint()
+                began = trio.current_time()
+                await leader.broker.hand_over()
+                assert trio.current_time() - began < 0.1
+            new = await group.leader()
+            assert new is not leader
+            assert sorted(confirmed) == list(range(20))
+            assert errors == []
+            with pytest.raises(NotLeader, match=f"replica {new.name} does"):  # as it is now, not as it was then
+                await client.send(Q, b"late")
+            with pytest.raises(NotLeader, match=f"replica {new.name} does"):
+                await nothing.receive()
+        async with new.broker.connect() as client, client.subscribe(Q) as messages:
+            assert sorted([int((await messages.receive()).body) for _ in range(20)]) == list(range(20))
+        await until(lambda: leader.broker.role == "follower", 5.0)
+        await new.broker.hand_over()  # and it leads again when it is its turn
+        await until(lambda: bool(group.leading()) and group.leading()[0] is not new, 10.0)
+        assert "stopped" not in leader.roles
+
+
+async def test_a_leader_cut_off_leaves_its_sends_in_doubt_and_comes_back_by_itself(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        async with leader.broker.connect() as client:
+            await client.send(Q, b"first")
+            for one in group.all.values():
+                if one is not leader:
+                    await one.kill()
+            with pytest.raises(SendInDoubt):
+                await client.send(Q, b"alone")
+            with pytest.raises(NotLeader, match="no leader is known"):
+                await client.send(Q, b"again")
+        for one in group.all.values():
+            if one is not leader:
+                await one.start()
+        new = await group.settled()
+        async with new.broker.connect() as client, client.subscribe(Q) as messages:
+            assert (await messages.receive()).body == b"first"
+        assert leader.roles[-1] in ("leader", "follower")
+
+
+async def test_stopping_a_leader_hands_over_and_stopping_a_follower_disturbs_nobody(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        follower = next(one for one in group.all.values() if one is not leader)
+        await follower.broker._stop()
+        assert leader.broker.role == "leader"
+        await follower.start()
+        await group.settled()
+        async with leader.broker.connect() as client:
+            await client.send(Q, b"kept")
+            began = trio.current_time()
+            await leader.broker._stop()
+            with pytest.raises(BrokerClosed):
+                await client.send(Q, b"late")
+        new = await group.leader()
+        assert trio.current_time() - began < 1.0
+        async with new.broker.connect() as client, client.subscribe(Q) as messages:
+            assert (await messages.receive()).body == b"kept"
