@@ -100,7 +100,7 @@ class DiskCommitter(LocalCommitter):
         disk.after(number)
 
 
-async def _close(store: Store | Spool) -> None:
+async def close_without_thread(store: Store | Spool) -> None:
     """In the place of `pybroker.keeper.close_store`, without a thread: a virtual clock doesn't wait for threads."""
     store.close()
 
@@ -110,8 +110,8 @@ async def broker_on(disk: Disk, **overrides: object) -> AsyncIterator[Broker]:
     """`open_broker` on a disk; one such broker at a time."""
     with (
         patch.object(pybroker.keeper, "open_store", disk.open),
-        patch.object(pybroker.keeper, "close_store", _close),
-        patch.object(pybroker.broker, "close_store", _close),
+        patch.object(pybroker.keeper, "close_store", close_without_thread),
+        patch.object(pybroker.broker, "close_store", close_without_thread),
         patch.object(pybroker.broker, "make_spool", lambda config: Spool(lambda: Store.open(MemoryBackend()))),
         patch.object(pybroker.engine, "LocalCommitter", partial(DiskCommitter, disk)),
     ):
