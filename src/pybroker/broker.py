@@ -45,6 +45,7 @@ class Broker:
         self._role = ("starting", 0)
         self._role_changed = trio.Event()
         self._waiting = trio.CancelScope()  # for a term
+        self._dropped = 0  # non-durable messages that went with the terms they came in
         self._left: list[Connection] = []  # connections that were ended while their engine still commits
         self._stopping = False
         self._stopped = trio.Event()
@@ -107,6 +108,7 @@ class Broker:
             batches=engine.journal.batches,
             unrouted=core.unrouted,
             expired_on_arrival=core.expired_on_arrival,
+            dropped=self._dropped,
             full=core.disk_full,
             destinations=tuple(queue_statistics(queue) for queue in core.queues.values()),
         )
@@ -222,6 +224,7 @@ class Broker:
             self._update_role()
             if not self._keeper.serves_always:
                 self._server.close_listeners()
+            self._dropped += sum(queue.depth - queue.count for queue in engine.core.queues.values())
             await close_store(spool)
             term.release()
             left, self._left = self._left, []

@@ -35,7 +35,10 @@ class DestinationStatistics:
 
 @dataclass(frozen=True, slots=True)
 class BrokerStatistics:
-    """The broker at one moment. Sizes in bytes."""
+    """The broker at one moment. Sizes in bytes.
+
+    dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
+    """
 
     name: str
     role: str
@@ -50,6 +53,7 @@ class BrokerStatistics:
     batches: int
     unrouted: int
     expired_on_arrival: int
+    dropped: int
     full: str
     destinations: tuple[DestinationStatistics, ...]
 
