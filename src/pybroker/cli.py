@@ -13,10 +13,11 @@ from typing import Any
 
 import click
 import trio
-from rich.console import Console
 from rich.table import Table
 
 from pybroker.broker import Broker, open_broker, single
+from pybroker.cli_output import make_console
+from pybroker.cli_replica import LEADER, check_flags, replica, replica_set_flags
 from pybroker.config import BrokerConfig
 from pybroker.control import ask
 from pybroker.errors import BrokerError
@@ -29,13 +30,15 @@ from pybroker.users import hash_password
 
 DEFAULT_URL = "stomp://127.0.0.1:61613"
 LOG_LEVEL = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False)
-PIPE_WIDTH = 2_000  # columns of a table that goes into a file or a pipe: no name is broken or cut there
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pybroker")
 def cli() -> None:
     """A durable message broker."""
+
+
+cli.add_command(replica)
 
 
 @cli.command()
@@ -47,6 +50,7 @@ def cli() -> None:
 @click.option("--listen", multiple=True, metavar="URL", help="stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=F&key=F.")
 @click.option("--user", "users", multiple=True, metavar="NAME:PASSWORD", help="A user who may connect; repeatable.")
 @click.option("--anonymous/--no-anonymous", default=None, help="Whether a login is not needed.")
+@replica_set_flags
 @click.option("--log-level", type=LOG_LEVEL, default="INFO", show_default=True, help="Of the log on stderr.")
 def serve(
     config: Path | None,
@@ -56,13 +60,20 @@ def serve(
     users: tuple[str, ...],
     anonymous: bool | None,
     log_level: str,
+    replica_set: dict[str, Any],
 ) -> None:
-    """Run a broker until SIGTERM. CONFIG is a TOML file of the same fields; flags go before it."""
+    """Run a broker until SIGTERM. CONFIG is a TOML file of the same fields; flags go before it.
+
+    With --zookeeper and --set (or a table replica_set in CONFIG) it is a member of a replica set, and opens its
+    listeners while it leads.
+    """
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     loaded = load_config(config) if config is not None else BrokerConfig()
     overrides: dict[str, Any] = {"name": name, "data_dir": data_dir, "anonymous": anonymous, "listen": listen or None}
     if users:  # with the others: what `anonymous` means depends on whether there are any
         overrides["users"] = {**loaded.users, **dict(map(_user, users))}
+    check_flags(loaded, replica_set)
+    overrides["replica_set"] = replica_set or None
     chosen = make_config(loaded, **{key: value for key, value in overrides.items() if value is not None})
     if not chosen.listen:
         chosen = make_config(chosen, listen=[DEFAULT_URL])
@@ -85,15 +96,11 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _console() -> Console:
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-
-
 async def _serve(config: BrokerConfig) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_broker(config) as broker:
-            for url in broker.listeners:
-                print(f"listening {url}", flush=True)
+            if config.replica_set is None:
+                _print_listeners(broker)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_print_roles, broker)
                 async for number in signals:
@@ -105,6 +112,13 @@ async def _serve(config: BrokerConfig) -> None:
 async def _print_roles(broker: Broker) -> None:
     async for role, epoch in broker.roles():
         print(f"role {role} epoch {epoch}", flush=True)
+        if role == LEADER:  # who is called so has opened its listeners
+            _print_listeners(broker)
+
+
+def _print_listeners(broker: Broker) -> None:
+    for url in broker.listeners:
+        print(f"listening {url}", flush=True)
 
 
 @cli.command()
@@ -193,7 +207,7 @@ def status(data_dir: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer, indent=2))
         return
-    console = _console()
+    console = make_console()
     for key in ("name", "role", "epoch", "lsn", "connections", "memory_bytes", "stored_bytes", "spooled_bytes"):
         console.print(f"{key}: {answer[key]}", highlight=False)
     for url in answer["listeners"]:
@@ -243,7 +257,7 @@ def _progress(verb: str) -> Any:
 
 
 def _show_report(report: Report) -> None:
-    console = _console()
+    console = make_console()
     if sys.stderr.isatty():
         print(file=sys.stderr)
     console.print(f"store {report.store_id or '(unknown)'} at {report.path}", highlight=False)

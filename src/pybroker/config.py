@@ -106,6 +106,8 @@ class ReplicaSetConfig:
     retry_interval: float = 0.2  # seconds between two tries to reach the leader
     handover_timeout: float = 2.0  # seconds for which a resigning leader waits for its best follower to catch up
     ring_bytes_max: int = 64 * 1024 * 1024  # recent batches kept for followers that come back
+    scrub_interval: float = 86_400.0  # seconds between two walks over the store in search of bad values; 0 = never
+    scrub_bytes_per_second: int = 4 * 1024 * 1024  # how fast such a walk reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

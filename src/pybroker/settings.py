@@ -2,7 +2,8 @@
 
 Owns the checks: types (strict: ``"5"`` is no number), ranges, and what one field means for another. The shape and the
 defaults belong to `pybroker.config`. Opens no file but the TOML file itself, and no socket. A value is refused with
-its path and what was expected, one line per fault; what stands in ``users`` is never repeated in a text.
+its path and what was expected, one line per fault; what stands in ``users`` or is a secret is never repeated in a text.
+What belongs to a replica set's fields together is in `pybroker.replica_settings`.
 
 pydantic does the type checks. It is imported when the first configuration is made: at ``import pybroker`` it would
 add a tenth of a second to every program, also to those that only connect.
@@ -19,22 +20,36 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, StompLimits
+from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, ReplicaSetConfig, StompLimits
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import ConfigurationError, InvalidDestination
 from pybroker.listeners import check_exposure, parse_listener
+from pybroker.replica_settings import TLS_FIELDS, replica_set_faults
 from pybroker.users import parse_hash
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-NESTED: dict[str, type[Any]] = {"stomp": StompLimits, "limits": Limits, "delivery": DeliveryPolicy}
+NESTED: dict[str, type[Any]] = {
+    "stomp": StompLimits,
+    "limits": Limits,
+    "delivery": DeliveryPolicy,
+    "replica_set": ReplicaSetConfig,
+}
+OPTIONAL = {"replica_set"}  # nested ones that may be None
+SECRET = {"replica_set.secret", "replica_set.zookeeper_auth"}  # never shown
+MUST_BE_GIVEN = {  # fields without a default, and what they take
+    "replica_set.name": "the name of the set, which all its members give",
+    "replica_set.zookeeper": "HOST:PORT[,HOST:PORT...][/CHROOT]",
+}
+ANY_NUMBER = {"replica_set.weight"}  # may be below zero
 ZERO_ALLOWED = {  # a number must be above zero, except these
     "stop_timeout",
     "limits.store_bytes_max",
     "limits.disk_free_bytes_min",
     "limits.queue_messages_max",
     "limits.full_timeout",
+    "replica_set.scrub_interval",
 }
 AT_LEAST: dict[str, float] = {
     "stomp.heartbeat_tolerance": 1,  # below it a punctual peer would be cut off
@@ -45,6 +60,7 @@ AT_MOST: dict[str, float] = {
     "limits.prefetch_max": 2**31 - 1,
     "delivery.deliveries_max": 2**31 - 1,
     "stomp.heartbeat_min_ms": 86_400_000,
+    "replica_set.session_timeout": 86_400,
 }
 ORDERED = (  # the first must not be greater than the second
     ("limits.prefetch_default", "limits.prefetch_max"),
@@ -79,8 +95,9 @@ def load_config(path: Path | str) -> BrokerConfig:
 def make_config(config: BrokerConfig | None = None, **overrides: object) -> BrokerConfig:
     """Check ``config`` (None: the defaults) with ``overrides`` put over it, and return the result.
 
-    An override is a field of `BrokerConfig`. ``stomp``, ``limits`` and ``delivery`` are given whole as a dataclass, or
-    as a mapping of those of their fields that change. Text does for a path, any list or tuple for a tuple.
+    An override is a field of `BrokerConfig`. ``stomp``, ``limits``, ``delivery`` and ``replica_set`` are given whole as a
+    dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` is a broker on its own. Text does
+    for a path, any list or tuple for a tuple.
 
     >>> make_config(limits={"prefetch_default": 10}).limits.prefetch_default
     10
@@ -88,14 +105,16 @@ def make_config(config: BrokerConfig | None = None, **overrides: object) -> Brok
     Raises `ConfigurationError`: one line per fault, each with the field's path and what was expected.
     """
     if config is not None and not isinstance(config, BrokerConfig):
-        raise ConfigurationError(f"config: expected a BrokerConfig or None, got {_shown(config)}")
+        got = f"a {type(config).__name__}" if isinstance(config, Mapping) else _shown(config)  # it may hold a secret
+        raise ConfigurationError(f"config: expected a BrokerConfig or None, got {got}")
     values = _as_values(config if config is not None else BrokerConfig())
     faults: list[str] = []
     for name, value in overrides.items():
         if name in NESTED and isinstance(value, NESTED[name]):
             values[name] = _as_values(value)
         elif name in NESTED and isinstance(value, Mapping):
-            values[name] = {**values[name], **value}
+            present = values[name] if isinstance(values[name], Mapping) else _defaults(NESTED[name])
+            values[name] = {**present, **value}
         else:
             values[name] = value
     built = _typed(values, faults)
@@ -114,6 +133,11 @@ def _anchor(values: dict[str, Any], directory: Path) -> None:
     listen = values.get("listen")
     if isinstance(listen, list):
         values["listen"] = [_anchored(url, directory) for url in listen]
+    replica_set = values.get("replica_set")
+    if isinstance(replica_set, dict):
+        for name in TLS_FIELDS:
+            if isinstance(replica_set.get(name), str) and replica_set[name]:
+                replica_set[name] = str(directory / replica_set[name])
 
 
 def _anchored(url: object, directory: Path) -> object:
@@ -131,6 +155,11 @@ def _as_values(config: Any) -> dict[str, Any]:
     return {name: _as_values(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """The defaults of a configuration class that has fields without one."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+
+
 # --- types and ranges of single fields ---------------------------------------------------------------------------
 
 
@@ -144,7 +173,8 @@ def _model(parent: str | None = None) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(kind)):
         path = prefix + name
-        fields[name] = (_model(path) if path in NESTED else _annotation(path, hints[name]), ...)
+        kept: Any = _model(path) if path in NESTED else _annotation(path, hints[name])
+        fields[name] = (kept | None if path in OPTIONAL else kept, ...)
     # The models' own names never show: faults are told with the fields' paths.
     return create_model(kind.__name__, __config__=ConfigDict(extra="forbid", strict=True), **fields)
 
@@ -155,6 +185,8 @@ def _annotation(path: str, hint: Any) -> Any:
     from pydantic import Field
 
     if hint is int or hint is float:
+        if path in ANY_NUMBER:
+            return hint
         low, high = _range(path)
         exclusive = low == 0 and path not in ZERO_ALLOWED
         bounds: dict[str, Any] = {"gt": 0} if exclusive else {"ge": low}
@@ -180,15 +212,17 @@ def _expected(path: str) -> str:
         kind = NESTED[parent]
     hint = get_type_hints(kind)[name]
     if hint is int or hint is float:
-        low, high = _range(path)
         number = "a whole number" if hint is int else "a number"
+        if path in ANY_NUMBER:
+            return number
+        low, high = _range(path)
         above = f" of at least {low:g}" if low or path in ZERO_ALLOWED else " above 0"
         return number + above + (f" and at most {high}" if high is not None else "")
     if hint is bool:
         return "true or false"
     if hint is str:
         return "text"
-    if name in NESTED:
+    if path in NESTED:
         return f"a table (mapping) with fields of {NESTED[name].__name__}"
     if hint == Path | None:
         return "a path"
@@ -215,6 +249,8 @@ def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
     built: dict[str, Any] = {name: getattr(model, name) for name in type(model).model_fields}
     for name, kind in NESTED.items():
         nested = built[name]
+        if nested is None:
+            continue
         built[name] = kind(**{field: getattr(nested, field) for field in type(nested).model_fields})
     built["users"] = MappingProxyType(built["users"])
     return BrokerConfig(**built)
@@ -229,23 +265,28 @@ def _told(fault: str, location: tuple[int | str, ...], value: object) -> str:
     if names[0] == "users":
         # never the value: people write the password itself where its hash belongs
         return f"{'.'.join(names[:2])}: expected {_expected('users') if len(names) == 1 else 'a text, a password hash'}"
-    if names[0] == "listen" and len(names) > 1:
-        return f"listen[{names[1]}]: expected text, got {_shown(value)}"
-    path = ".".join(names[:2] if names[0] in NESTED else names[:1])
+    depth = 2 if names[0] in NESTED else 1
+    path = ".".join(names[:depth])
+    if fault == "missing":
+        return f"{path}: expected {MUST_BE_GIVEN.get(path) or _expected(path)}, got nothing"
+    if path in SECRET or path in OPTIONAL:  # what was meant for a table may hold its secrets
+        return f"{path}: expected {_expected(path)}"
+    if len(names) > depth and isinstance(location[depth], int):
+        return f"{path}[{names[depth]}]: expected text, got {_shown(value)}"
     return f"{path}: expected {_expected(path)}, got {_shown(value)}"
 
 
 def _suggestion(name: str, kind: type[Any], parents: tuple[str, ...]) -> str:
+    elsewhere = [field.name for field in dataclasses.fields(BrokerConfig)] + [
+        f"{parent}.{field.name}" for parent, nested in NESTED.items() for field in dataclasses.fields(nested)
+    ]
+    for path in elsewhere:
+        if path.rpartition(".")[2] == name:
+            return f"; did you mean {path}?"
     known = [field.name for field in dataclasses.fields(kind)]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return "; did you mean " + ".".join((*parents, close[0])) + "?"
-    elsewhere = [
-        f"{parent}.{field.name}" for parent, nested in NESTED.items() for field in dataclasses.fields(nested)
-    ] + [field.name for field in dataclasses.fields(BrokerConfig)]
-    for path in elsewhere:
-        if path.rpartition(".")[2] == name:
-            return f"; did you mean {path}?"
     return "; known are " + ", ".join(known)
 
 
@@ -275,6 +316,7 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
             yield from _refusals(f"users.{name}", functools.partial(parse_hash, encoded))
     if not config.anonymous and not config.users and config.listen:
         yield "users: expected at least one user where anonymous is false, or no client can ever log in"
+    yield from replica_set_faults(config)
 
 
 def _check_listener(url: str, anonymous: bool) -> None:
