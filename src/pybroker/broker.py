@@ -21,7 +21,7 @@ from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
 from pybroker.core.consumer import Connection
 from pybroker.engine import Engine
-from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, StoreError
+from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, ProtocolError, StoreError
 from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool
 from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
@@ -215,7 +215,7 @@ class Broker:
         except* LeadershipLost as group:
             log.warning("every connection is closed: %s", single(group))
             engine.fail(self._keeper.why_not())
-        except* (StoreError, OSError) as group:
+        except* (StoreError, ProtocolError, OSError) as group:  # or a batch too large to be replicated
             error = single(group)
             log.error("the store failed, every connection is closed: %s", error)
             engine.fail(BrokerClosed(f"the store failed and is being opened again: {error}"))

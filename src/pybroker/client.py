@@ -17,7 +17,7 @@ from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
 from pybroker.engine import Engine
-from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, NotLeader, SendInDoubt
+from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, LimitExceeded, NotLeader, SendInDoubt
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
 from pybroker.subscription import ReceivedMessage, Subscription
 
@@ -175,6 +175,7 @@ class Client:
         core.begin(self._running_connection, name)
         try:
             yield ClientTransaction(self, name)
+            await self._wait_batch()
         except BaseException:
             if self._error is None and self._running.error is None:
                 core = self._begin_turn()
@@ -215,10 +216,18 @@ class Client:
 
     async def _wait_room(self, message: Message) -> None:
         engine = self._running
-        if engine.batch_full:
-            await engine.journal.wait_room(engine.config.limits.batch_bytes_max)
+        limit = engine.config.stomp.body_bytes_max
+        if len(message.body) > limit:  # no smaller than what comes over the wire: a batch has a largest size
+            raise LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(message.body)} bytes")
+        await self._wait_batch()
         if engine.core.full(message) is not None:
             await engine.wait_room(message)
+
+    async def _wait_batch(self) -> None:
+        """Wait until the open batch has room: one caller at a time fills it."""
+        engine = self._running
+        if engine.batch_full:
+            await engine.journal.wait_room(engine.config.limits.batch_bytes_max)
 
     async def _committed(self, core: Core) -> None:
         """End the turn, and wait until what it emitted is committed."""
@@ -317,8 +326,10 @@ class Publisher:
             stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
             start = at
             crowded = core.crowded
+            room = engine.config.limits.batch_bytes_max
             try:
-                while at < stop:
+                while at < stop and room > 0:
+                    room -= len(made[at].body)
                     if crowded and at > start and core.full(made[at]) is not None:
                         break
                     core.send(made[at])

@@ -158,6 +158,7 @@ class StompConnection:
 
     async def _read(self) -> None:
         session = self._session
+        engine = self._engine
         turn_max = self._server.config.limits.turn_messages_max
         while True:
             self._listening = True
@@ -166,6 +167,8 @@ class StompConnection:
             self.last_received = trio.current_time()
             session.receive_data(bytes(data))
             while events := session.next_events(turn_max):
+                if engine.batch_full:  # before the turn: however many connections wait, one at a time fills the batch
+                    await engine.journal.wait_room(self._server.config.limits.batch_bytes_max)
                 try:
                     going_on = await self._handle(events)
                 except BrokerError as error:
@@ -183,10 +186,7 @@ class StompConnection:
                 return
 
     async def _wait_turn(self, count: int) -> None:
-        """Let others have their turn, and slow down a peer that is faster than the disk or than its own reading."""
-        engine = self._engine
-        if engine.batch_full:
-            await engine.journal.wait_room(engine.config.limits.batch_bytes_max)
+        """Let others have their turn, and slow down a peer that is faster than its own reading."""
         while self._outbox_bytes > self._outbox_max and not self._ended:
             self._drained = trio.Event()
             await self._drained.wait()

@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from pybroker.broker import Broker, DestinationStatistics
+from pybroker.broker import Broker
+from pybroker.statistics import DestinationStatistics
 from tests.support.serving import embedded
 from tests.support.wire import Peer, dialled, frame
 
