@@ -68,13 +68,15 @@ def serve(
     listeners while it leads.
     """
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    loaded = load_config(config) if config is not None else BrokerConfig()
     overrides: dict[str, Any] = {"name": name, "data_dir": data_dir, "anonymous": anonymous, "listen": listen or None}
-    if users:  # with the others: what `anonymous` means depends on whether there are any
-        overrides["users"] = {**loaded.users, **dict(map(_user, users))}
-    check_flags(loaded, replica_set)
+    overrides["users"] = dict(map(_user, users)) or None
     overrides["replica_set"] = replica_set or None
-    chosen = make_config(loaded, **{key: value for key, value in overrides.items() if value is not None})
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if config is None:
+        check_flags(replica_set)
+        chosen = make_config(None, **overrides)
+    else:  # together: what a field of the file means may depend on a flag
+        chosen = load_config(config, **overrides)
     if not chosen.listen:
         chosen = make_config(chosen, listen=[DEFAULT_URL])
     # A broker makes few cycles and many long-lived objects: collecting as often as by default costs 7 % (measured).

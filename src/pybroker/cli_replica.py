@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pybroker.cli_output import make_console
-from pybroker.config import BrokerConfig, ReplicaSetConfig
+from pybroker.config import ReplicaSetConfig
 from pybroker.control import UNKNOWN_COMMAND, ask
 from pybroker.errors import BrokerError, ConfigurationError
 
@@ -76,9 +76,9 @@ def replica_set_flags(command: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
-def check_flags(config: BrokerConfig, fields: Mapping[str, Any]) -> None:
-    """Refuse flags that make no set: told by their names, before the fields are."""
-    if not fields or config.replica_set is not None:
+def check_flags(fields: Mapping[str, Any]) -> None:
+    """Refuse flags that make no set by themselves: told by their names, before the fields are."""
+    if not fields:
         return
     missing = [f"{NAME_OF_FLAG[field]} (replica_set.{field})" for field in ("zookeeper", "name") if field not in fields]
     if missing:

@@ -70,10 +70,12 @@ NAME_LENGTH_MAX = 255
 SHOWN_LENGTH_MAX = 80
 
 
-def load_config(path: Path | str) -> BrokerConfig:
+def load_config(path: Path | str, **overrides: object) -> BrokerConfig:
     """Read a TOML file with the fields of `BrokerConfig`; relative files in it are relative to its directory.
 
-    >>> load_config("pybroker.toml")  # doctest: +SKIP
+    `overrides` are put over the file's fields (tables field by field) before anything is checked.
+
+    >>> load_config("pybroker.toml", name="b")  # doctest: +SKIP
 
     Raises `ConfigurationError` that names the file, and each field in it that is wrong, with what was expected.
     """
@@ -86,6 +88,12 @@ def load_config(path: Path | str) -> BrokerConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: is not TOML: {error}") from None
     _anchor(values, path.resolve().parent)
+    for name, value in overrides.items():
+        table = values.get(name)
+        if isinstance(table, Mapping) and isinstance(value, Mapping):
+            values[name] = {**table, **value}
+        else:
+            values[name] = value
     try:
         return make_config(None, **values)
     except ConfigurationError as error:

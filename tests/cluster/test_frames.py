@@ -298,3 +298,13 @@ def test_a_batch_is_sent_again_under_a_later_epoch():
     assert reader().feed(batch.frame(2)) == [f.BatchFrame(2, P(1, 7), P(1, 6), changes)]
     assert batch.changes == changes
     assert batch.size == len(changes)
+
+
+def test_what_follows_a_frame_is_held_to_the_limit_of_its_own_moment() -> None:
+    """A batch may come with the Welcome in one read: it was refused by the limit of the hand-shake, and the link cut."""
+    welcome = f.Welcome(1, P(1, 1), bytes(f.PROOF_BYTES), f.BATCHES)
+    batch = f.BatchFrame(1, P(1, 2), P(1, 1), bytes(5_000))
+    reader = f.FrameReader()
+    assert reader.feed(f.encode(welcome) + f.encode(batch), 1) == [welcome]
+    reader.bytes_max = f.FRAME_BYTES_MAX
+    assert reader.feed(b"") == [batch]
