@@ -264,12 +264,19 @@ class Broker:
         self._wind_up(engine, error)
 
     def _wind_up(self, engine: Engine, error: BrokerError) -> None:
-        """End what is connected: what it was handed returns, what it sent is committed and confirmed; then the engine ends."""
+        """End what is connected: what it sent is committed and confirmed; then the engine ends.
+
+        What it was handed returns to its place: here, or, where others wait to go on, there. They count it as redelivered,
+        since it lies below the mark that was written before it was handed out; writing it all once more would keep them waiting.
+        """
         if engine.error is None:
             core = engine.begin_turn()
             self._left = list(core.connections)
+            if not self._keeper.serves_always:
+                core.pause_all()
             for connection in self._left:
-                core.disconnect(connection)
+                if self._keeper.serves_always:
+                    core.disconnect(connection)
                 if isinstance(connection.sink, Client):  # or else one that never pauses would keep the journal going
                     connection.sink.refuse(error)
             engine.end_turn()

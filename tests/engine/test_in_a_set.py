@@ -227,3 +227,23 @@ async def test_stopping_a_leader_hands_over_and_stopping_a_follower_disturbs_nob
         assert trio.current_time() - began < 0.2
         async with new.broker.connect() as client, client.subscribe(Q) as messages:
             assert (await messages.receive()).body == b"kept"
+
+
+async def test_what_was_out_at_a_hand_over_comes_back_in_place_as_redelivered(autojump_clock: trio.abc.Clock) -> None:
+    async with brokers() as group:
+        leader = await group.settled()
+        async with leader.broker.connect() as client:
+            for number in range(6):
+                await client.send(Q, b"%d" % number)
+            async with client.subscribe(Q, prefetch=3) as messages:
+                held = await messages.receive_batch(3)
+                await held[1].ack()
+                await leader.broker.hand_over()
+                with pytest.raises(NotLeader):
+                    await held[0].ack()
+        new = await group.leader()
+        async with new.broker.connect() as client, client.subscribe(Q) as messages:
+            received = [await messages.receive() for _ in range(5)]
+        assert [message.body for message in received] == [b"0", b"2", b"3", b"4", b"5"]
+        assert [message.redelivered for message in received[:2]] == [True, True]
+        assert not received[-1].redelivered
