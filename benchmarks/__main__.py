@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import deep, embedded, idle, latency, machine, report, throughput
+from benchmarks import deep, embedded, failover, idle, latency, machine, replication, report, throughput
 from benchmarks.processes import KINDS, raise_file_limit
 from benchmarks.report import Row
-from benchmarks.settings import Settings
+from benchmarks.settings import NotMeasurable, Settings
 
 Case = Callable[[Settings], Iterator[Row]]
 CASES: dict[str, Case] = {
@@ -27,6 +27,8 @@ CASES: dict[str, Case] = {
     "deep": deep.run,
     "latency": latency.run,
     "idle": idle.run,
+    "failover": failover.run,
+    "replication": replication.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0
@@ -87,6 +89,9 @@ def main() -> int:
         meter = machine.OthersMeter()
         try:
             rows.extend(CASES[name](settings))
+        except NotMeasurable as error:
+            failures[name] = str(error)
+            progress.print(f"{name} is skipped: {error}", style="yellow", markup=False)
         except Exception as error:  # one case that fails must not cost the figures of the others
             failures[name] = f"{type(error).__name__}: {error}"
             progress.print(f"{name} failed: {failures[name]}", style="red", markup=False)

@@ -13,6 +13,10 @@ from pathlib import Path
 from benchmarks.processes import Kind
 
 
+class NotMeasurable(Exception):
+    """This machine lacks something that a case needs. The text says what, and what to install."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One run of the suite.

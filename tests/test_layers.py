@@ -24,9 +24,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster",),
     "run time": (
         *("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
-        *("keeper", "replicated"),
+        *("keeper", "mending", "replicated"),
     ),
-    "face": ("broker", "client", "subscription", "statistics", "remote", "cli", "settings", "__main__", ""),
+    "face": (
+        *("broker", "client", "subscription", "statistics", "remote", "settings", "replica_settings"),
+        *("cli", "cli_output", "cli_replica", "__main__", ""),
+    ),
 }
 
 # Layer -> the layers that it may import beside itself.
@@ -48,8 +51,8 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "msgpack": ("store", "protocols", "cluster", "run time"),
     "trio": ("cluster", "run time", "face"),
     "pydantic": ("settings.py",),
-    "click": ("cli.py",),
-    "rich": ("cli.py",),
+    "click": ("cli.py", "cli_replica.py"),
+    "rich": ("cli.py", "cli_output.py", "cli_replica.py"),
 }
 
 # Pure: no clock, randomness, socket, thread or file. So of the standard library only what has none of these.

@@ -109,6 +109,7 @@ class Broker:
             unrouted=core.unrouted,
             expired_on_arrival=core.expired_on_arrival,
             dropped=self._dropped,
+            repaired=engine.mender.mended if engine.mender is not None else 0,
             full=core.disk_full,
             destinations=tuple(queue_statistics(queue) for queue in core.queues.values()),
         )
@@ -198,6 +199,7 @@ class Broker:
             spool,
             epoch=term.epoch,
             committer=term.committer,
+            fetch=term.fetch,
             may_show=None if self._keeper.serves_always else lambda: term.valid,
         )
         try:

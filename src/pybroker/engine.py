@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,11 @@ from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull
 from pybroker.journal import Journal, LocalCommitter
+from pybroker.mending import Fetch, Mender, Pages
 from pybroker.message import Message
-from pybroker.operations import DueEntry
+from pybroker.operations import DueEntry, Operation
 from pybroker.spool import Spool
 from pybroker.store.committer import Committer
-from pybroker.store.pages import Page
 from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.engine")
@@ -70,6 +70,7 @@ class Engine:
         epoch: int = 0,
         committer: Committer | None = None,
         may_show: Callable[[], bool] | None = None,
+        fetch: Fetch | None = None,
         clock_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.config = config
@@ -88,6 +89,7 @@ class Engine:
         )
         self.error: BrokerError | None = None  # why it can't be used any more
         self._may_show = may_show  # False: this process may not show or confirm anything any more (its lease is over)
+        self.mender = Mender(fetch) if fetch is not None else None  # where there are other copies of the store
         self._spool = spool
         self._reader = trio.CapacityLimiter(1)
         self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest](float("inf"))
@@ -218,6 +220,8 @@ class Engine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._run_reads)
                 nursery.start_soon(self._run_sweeps)
+                if self.mender is not None:
+                    nursery.start_soon(self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
                 task_status.started()
                 await self.journal.run()
@@ -250,11 +254,20 @@ class Engine:
         queue = request.queue
         spooled = self.core.spooled > 0
 
-        def read() -> tuple[Page, Page | None]:
+        async def read(values: Mapping[bytes, bytes]) -> Pages:
             what = (queue.queue_id, request.start, request.count_max, request.size_max)
-            return self.store.read_page(*what), self._spool.read_page(*what) if spooled else None
 
-        stored, transient = await self._in_reader(read)
+            def both() -> Pages:
+                return self.store.read_page(*what, values), self._spool.read_page(*what) if spooled else None
+
+            pages: Pages = await self._in_reader(both)
+            return pages
+
+        mended: list[tuple[int, Operation]] = []
+        if self.mender is None:
+            stored, transient = await read({})
+        else:
+            (stored, transient), mended = await self.mender.read(request, read)
         bounds = [page.next_order for page in (stored, transient) if page is not None and page.next_order is not None]
         for record in stored.corrupt:
             log.error("queue %s: %s; it stays in the store and is not delivered", queue.name, record)
@@ -263,7 +276,8 @@ class Engine:
             stored.entries,
             transient.entries if transient is not None else [],
             min(bounds, default=None),
-            len(stored.corrupt),
+            stored.unread,
+            mended,
         )
 
     async def _read_due(self, request: DueRequest) -> None:

@@ -15,8 +15,10 @@ import trio
 
 from pybroker.config import BrokerConfig
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, StoreError
+from pybroker.mending import Fetch
 from pybroker.spool import Spool
 from pybroker.store.committer import Committer
+from pybroker.store.compaction import INTERVAL, Compactor
 from pybroker.store.layout import IDENTITY_FILE, current_name, read_identity
 from pybroker.store.leveldb import LevelDBBackend
 from pybroker.store.memory import MemoryBackend
@@ -46,6 +48,11 @@ class Term(Protocol):
 
     @property
     def committer(self) -> Committer | None: ...
+
+    @property
+    def fetch(self) -> Fetch | None:
+        """Asks other copies of the store for whole values in the place of bad ones; None where there is no other."""
+        ...
 
     @property
     def valid(self) -> bool:
@@ -107,6 +114,7 @@ class AloneTerm:
     """From one opening of the store to its close."""
 
     committer = None
+    fetch = None
     valid = True
 
     def __init__(self, store: Store) -> None:
@@ -142,7 +150,10 @@ class Alone:
                 term = AloneTerm(store)
                 self._set_term(term)
                 try:
-                    await term.released.wait()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(keep_compact, lambda opened=store: opened)
+                        await term.released.wait()
+                        nursery.cancel_scope.cancel()
                 finally:
                     self._set_term(None)
                     await close_store(store)
@@ -237,6 +248,20 @@ def make_spool(config: BrokerConfig) -> Spool:
             return open_spool(directory / SPOOL)
 
     return Spool(create)
+
+
+async def keep_compact(store: Callable[[], Store | None]) -> None:
+    """Give back the room of consumed messages, now and then, in a thread of its own."""
+    compactor = Compactor()
+    limiter = trio.CapacityLimiter(1)
+    while True:
+        await trio.sleep(INTERVAL)
+        current = store()
+        if current is not None and current.backend.blocking:
+            try:
+                await trio.to_thread.run_sync(compactor.look, current, limiter=limiter)
+            except StoreError as error:  # it was closed, or failed, which whoever writes to it will meet
+                log.debug("a compaction was interrupted: %s", error)
 
 
 async def close_store(store: Store | Spool) -> None:

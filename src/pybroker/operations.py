@@ -20,6 +20,7 @@ DELETE_BODY = 6  # (DELETE_BODY, body_id)
 PUT_REFERENCE = 7  # (PUT_REFERENCE, queue_id, order, body_id, expires, size)
 PUT_QUEUE = 8  # (PUT_QUEUE, QueueRecord)
 DELETE_QUEUE = 9  # (DELETE_QUEUE, queue_id): the descriptor only; its messages are deleted by their own operations
+PUT_VALUE = 10  # (PUT_VALUE, key, value): a whole value for a bad one, as another copy of the store has it
 
 SEQUENCE_BITS = 56
 SEQUENCE_MASK = (1 << SEQUENCE_BITS) - 1

@@ -14,12 +14,12 @@ from typing import Any
 
 import trio
 
-from pybroker.cluster import network
+from pybroker.cluster.network import make_network
 from pybroker.cluster.replica import LEADER, Replica
 from pybroker.cluster.zookeeper import ZooKeeperCoordinator
 from pybroker.config import BrokerConfig
 from pybroker.errors import BrokerError, NotLeader
-from pybroker.keeper import Command, Term
+from pybroker.keeper import Command, Term, keep_compact
 from pybroker.store.copies import DiskCopies
 
 CLOSING = 3.0  # seconds for the end of ZooKeeper's session
@@ -43,6 +43,7 @@ class Replicated:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.replica.run)
+                nursery.start_soon(keep_compact, lambda: self.replica.store)
                 task_status.started()
                 await self._stopping.wait()
                 nursery.cancel_scope.cancel()
@@ -138,7 +139,7 @@ def make_replicated(config: BrokerConfig) -> Replicated:
         config.name,
         copies,
         coordinator,
-        network.make_network(chosen),
+        make_network(chosen),
         run_blocking=in_thread(),
         run_reading=in_thread(),
         rng=random.SystemRandom(),

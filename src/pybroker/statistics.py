@@ -38,6 +38,7 @@ class BrokerStatistics:
     """The broker at one moment. Sizes in bytes.
 
     dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
+    repaired values that were bad when they were to be read, and were fetched from another replica, in this leadership
     """
 
     name: str
@@ -54,6 +55,7 @@ class BrokerStatistics:
     unrouted: int
     expired_on_arrival: int
     dropped: int
+    repaired: int
     full: str
     destinations: tuple[DestinationStatistics, ...]
 

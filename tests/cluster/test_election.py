@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,8 +214,15 @@ def test_lost_data_of_zookeeper_need_all_the_copies_or_an_operator() -> None:
     two = made(0, {}, {"a": standing("a", 7, 5), "b": standing("b", 7, 9)})
     assert isinstance(election.propose(two.view, me("a", 5, 7), 3, RECORD), Blocked)
     assert election.may_stand(made(0, {"x": "x"}, {}).view, me("a", 5, 7), 3)
-    assert election.propose(two.view, me("a", 5, 7), 3, RECORD, forced=True) is None  # b is better
-    forced = proposed(two, me("b", 9, 7), forced=True)
+    there = replace(two.view, alive={"b": {}})
+    asked = election.propose(there, me("a", 5, 7), 3, RECORD, forced=True)
+    assert isinstance(asked, Blocked)
+    assert "replica b has more" in asked.reason
+    alone = election.propose(two.view, me("a", 5, 7), 3, RECORD, forced=True)  # b only stood once
+    assert isinstance(alone, Proposal)
+    assert (alone.group, dict(alone.roster)) == (("a",), {"a": "a1"})
+    forced = election.propose(replace(two.view, alive={"a": {}}), me("b", 9, 7), 3, RECORD, forced=True)
+    assert isinstance(forced, Proposal)
     assert (forced.epoch, forced.roster) == (7 + election.FORCED_STEP, {"a": "a1", "b": "b1"})
     three = made(0, {}, {name: standing(name, 7, 5) for name in "abc"})
     all_there = proposed(three, me("a", 5, 7))
@@ -246,7 +254,8 @@ def test_copies_are_registered_and_replaced_under_the_epoch() -> None:
     assert election.register(nodes.view, 2, 3, "d", "d1") is None
     assert nodes.transact(election.register(nodes.view, 2, 3, "b", "b2") or [])
     assert nodes.transact(election.replace(nodes.view, 3, "c", "d"))
-    assert nodes.view.roster == {"a": "a1", "b": "b2"}
-    for old_name, new_name in (("x", "y"), ("a", "b"), ("a", "d")):
+    assert nodes.view.roster == {"a": "a1", "b": "b2", "d": ""}
+    assert election.register(nodes.view, 2, 3, "c", "c1") is None  # the place is kept for d
+    for old_name, new_name in (("x", "y"), ("a", "b"), ("a", "e")):
         with pytest.raises(ConfigurationError):
             election.replace(nodes.view, 3, old_name, new_name)

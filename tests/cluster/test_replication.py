@@ -168,10 +168,9 @@ async def test_the_lease_follows_the_answers(autojump_clock):
         await nodes.stop("b")
         await until(lambda: not led.leader.lease_valid)
         assert 1.7 < trio.current_time() - stopped < 2.1
-        nodes.follow("c", "a", 2)
-        await until(lambda: led.leader.lease_valid)
-        await nodes.stop("c")
+        nodes.follow("c", "a", 2)  # too late: a lease that was found over stays over
         await until(lambda: led.lost is not None)
+        assert not led.leader.lease_valid
         with pytest.raises(Exception, match="no quorum"):
             await led.commit([put(1)])
 

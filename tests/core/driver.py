@@ -22,6 +22,7 @@ from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.queue import Queue
 from pybroker.core.reads import DueRequest, PageRequest
 from pybroker.errors import BrokerError
+from pybroker.mending import _operation
 from pybroker.message import Message
 from pybroker.operations import Operation
 from pybroker.spool import Spool
@@ -112,6 +113,7 @@ class Read:
     spooled: bool = False
     stored: Any = None
     transient: Any = None
+    mended: list[tuple[int, Operation]] = field(default_factory=list)
     steps: int = 0
 
 
@@ -125,6 +127,7 @@ class Driver:
         self.backend = MemoryBackend()
         self.now = now
         self.turn = 0  # the number of the present one
+        self.peers: dict[bytes, bytes] | None = None  # other copies' values; None: a bad value fails the test
         self.open()
 
     def open(self) -> None:
@@ -256,6 +259,8 @@ class Driver:
         if read.steps == 0:
             read.spooled = self.core.spooled > 0
             read.stored = self._read_from(self.store, request)
+            if self.peers and isinstance(request, PageRequest):
+                self._mend(read)
         elif read.steps == 1:
             read.transient = self._read_from(self.spool, request) if read.spooled else None
         else:
@@ -270,18 +275,30 @@ class Driver:
             return source.read_page(request.queue.queue_id, request.start, request.count_max, request.size_max)
         return source.read_due(request.now, request.count_max, request.after)
 
+    def _mend(self, read: Read) -> None:
+        """`Mender.read`."""
+        request = read.request
+        assert isinstance(request, PageRequest)
+        values: dict[bytes, bytes] = {}
+        what = (request.queue.queue_id, request.start, request.count_max, request.size_max)
+        while bad := [(order, key) for order, key in read.stored.bad if key in self.peers and key not in values]:
+            values |= {key: self.peers[key] for _, key in bad}
+            read.mended += [(order, _operation(key, values[key])) for order, key in bad]
+            read.stored = self.store.read_page(*what, values)
+
     def _hand_over(self, read: Read) -> None:
         request, stored, transient = read.request, read.stored, read.transient
         core = self.begin_turn()
         if isinstance(request, DueRequest):
             core.due_loaded(request, stored, transient if transient is not None else [])
         else:
-            assert not stored.corrupt, stored.corrupt
+            assert self.peers is not None or not stored.corrupt, stored.corrupt
             bounds = [
                 page.next_order for page in (stored, transient) if page is not None and page.next_order is not None
             ]
             entries = transient.entries if transient is not None else []
-            core.page_loaded(request, stored.entries, entries, min(bounds, default=None), 0)
+            bound = min(bounds, default=None)
+            core.page_loaded(request, stored.entries, entries, bound, stored.unread, read.mended)
         self.end_turn()
 
     def settle(self) -> None:

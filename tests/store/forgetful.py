@@ -94,6 +94,9 @@ class ForgetfulBackend:
     def approximate_size(self) -> int:
         return self._inner.approximate_size()
 
+    def compact(self, start: bytes, stop: bytes) -> None:
+        self._inner.compact(start, stop)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 
 from pybroker.cluster.coordinator import CheckNode, CreateNode, DeleteNode, SetNode, Write
 from pybroker.cluster.registry import (
@@ -90,6 +91,8 @@ def check_admission(view: View, me: Me, replicas: int) -> None:
         raise ConfigurationError(
             f"replica_set.replicas is {replicas}, but the set was made with {view.replicas}: all members must say the same"
         )
+    if me.position.epoch > view.epoch:
+        return  # ZooKeeper's data was lost or rewound: what it says of names is old, too
     if me.name not in view.roster and len(view.roster) >= replicas:
         names = ", ".join(sorted(view.roster))
         raise ConfigurationError(
@@ -225,8 +228,15 @@ def propose(
 def _propose_anew(
     view: View, me: Me, replicas: int, record: LeaderRecord, lost: int, forced: bool
 ) -> Proposal | Blocked | None:
-    """Start a set whose ZooKeeper data is gone or rewound: with all its copies, or by force with those that are there."""
-    standing = [(name, slot, version) for name, (slot, version) in view.slots.items() if slot.candidate is not None]
+    """Start a set whose ZooKeeper data is gone or rewound: with all its copies, or by force with those that are there.
+
+    By force, who stands but does not run is not there: an operator who forces a start says that it will not come back.
+    """
+    standing = [
+        (name, slot, version)
+        for name, (slot, version) in view.slots.items()
+        if slot.candidate is not None and (not forced or name == me.name or name in view.alive)
+    ]
     standing.sort(key=lambda one: one[0])
     standing.sort(key=lambda one: (one[1].candidate, one[1].weight), reverse=True)
     if not forced and len(standing) < replicas:
@@ -236,7 +246,8 @@ def _propose_anew(
             "starts it with what is there, and what only the absent ones have is lost"
         )
     if not standing or standing[0][0] != me.name:
-        return None
+        best = standing[0][0] if standing else ""
+        return Blocked(f"the start can't be forced here: replica {best} has more, ask it") if forced and best else None
     assert view.roster_version is not None
     writes: list[Write] = [_emptied(name, slot, version) for name, slot, version in standing]
     roster = {name: slot.incarnation for name, slot, _ in standing[:replicas]}
@@ -308,20 +319,30 @@ def register(view: View, epoch: int, replicas: int, name: str, incarnation: str)
 
 
 def replace(view: View, replicas: int, old: str, new: str) -> list[Write]:
-    """An operator gives the place of `old` to the name `new`, whose copy is then a learner. ConfigurationError if it can't be."""
+    """An operator gives the place of `old` to the name `new`, whose copy is then a learner. ConfigurationError if it can't be.
+
+    The place is kept for `new` from now on: the roster has the name, and no copy that counts.
+    """
     if view.roster_version is None or view.epoch_version is None or old not in view.roster:
         raise ConfigurationError(
             f"replica {old!r} is not on the roster, which has {', '.join(sorted(view.roster)) or 'nobody'}"
         )
     if new in view.roster:
         raise ConfigurationError(f"replica {new!r} is on the roster already")
-    roster = {name: incarnation for name, incarnation in view.roster.items() if name != old}
-    if len(roster) < quorum(replicas):
+    roster = replaced(view, old, new).roster
+    if sum(map(bool, roster.values())) < quorum(replicas):
         raise ConfigurationError(f"taking {old!r} away leaves fewer than {quorum(replicas)} copies that count")
     return [
         CheckNode("epoch", view.epoch_version),
         SetNode("roster", encode_roster(roster), view.roster_version),
     ]
+
+
+def replaced(view: View, old: str, new: str) -> View:
+    """What a view becomes when `replace` of it was done, as far as the roster goes."""
+    assert view.roster_version is not None
+    kept = {name: incarnation for name, incarnation in view.roster.items() if name != old}
+    return replace_fields(view, roster={**kept, new: ""}, roster_version=view.roster_version + 1)
 
 
 def may_stand(view: View, me: Me, replicas: int) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -30,13 +30,16 @@ from pybroker.cluster.frames import (
     Challenge,
     Chunk,
     Digests,
+    Fetch,
     Frame,
     Heartbeat,
     HeartbeatAnswer,
     Hello,
+    Member,
     Refusal,
     SnapshotBegin,
     SnapshotEnd,
+    Values,
     Welcome,
     decode_changes,
     encode,
@@ -45,9 +48,12 @@ from pybroker.cluster.handshake import Conversation, follower_proof, leader_proo
 from pybroker.cluster.link import FAREWELL
 from pybroker.cluster.network import Network
 from pybroker.cluster.registry import Position
+from pybroker.cluster.repair import Answer as Found
+from pybroker.cluster.repair import Exchange
 from pybroker.cluster.ring import Ring, RingBatch
+from pybroker.cluster.scrub import Scrubber, ScrubStatistics
 from pybroker.config import ReplicaSetConfig
-from pybroker.errors import BrokerError, CorruptRecord, ProtocolError, StoreError
+from pybroker.errors import BrokerError, CorruptRecord, ProtocolError, StoreDamaged, StoreError
 from pybroker.store import format as fmt
 from pybroker.store.backend import Change
 from pybroker.store.copies import Copies
@@ -89,7 +95,10 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class FollowingStatistics:
-    """`commit` is the leader's word on what a quorum holds; `heard_at` the clock's time of its last word, or None."""
+    """`commit` is the leader's word on what a quorum holds; `heard_at` the clock's time of its last word, or None.
+
+    `members` is the leader's own table, as it said it last.
+    """
 
     position: Position
     commit: int
@@ -98,6 +107,8 @@ class FollowingStatistics:
     batches: int
     writes: int
     swaps: int
+    scrub: ScrubStatistics
+    members: tuple[Member, ...]
 
 
 class Follower:
@@ -105,8 +116,12 @@ class Follower:
 
     copies        of the replica; `store` is the current one, that they have opened
     ring          recent batches, for a later life as a leader; it is aligned to the store
-    run_blocking  runs a blocking call elsewhere, one at a time
+    run_blocking  runs a blocking call elsewhere, one at a time; `run_reading` the same for long reads
     rng           for nonces
+    scrubber      this replica's walks in search of bad values; None = one that begins with this follower
+
+    A store that is suspect (see `Store`) says that it is nowhere, so that it is compared with the leader's; one that can't be
+    read even for that is filled from nothing, in a side copy too: what there is stands until there is something better.
     """
 
     def __init__(
@@ -119,6 +134,8 @@ class Follower:
         *,
         run_blocking: RunBlocking,
         rng: random.Random,
+        run_reading: RunBlocking | None = None,
+        scrubber: Scrubber | None = None,
     ) -> None:
         self.config = config
         self.name = name
@@ -130,6 +147,9 @@ class Follower:
         self.secret = config.secret.encode() or None
         self.copies = copies
         self._run_blocking = run_blocking
+        self.run_reading = run_reading if run_reading is not None else run_blocking
+        self.scrubber = scrubber or Scrubber(config, self.run_reading, run_blocking)
+        self._suspect = (store.suspect, store.unreadable)  # of the current copy, also while it is not open
         self._rng = rng
         self._unsynced = False
         self._following: _Following | None = None
@@ -180,6 +200,8 @@ class Follower:
         """Give up a side copy, and make durable what was written."""
         if self.store is None:
             self.store = await self._run_blocking(self.copies.abandon_side)
+            if self._suspect[0]:
+                self.store.distrust(*self._suspect)
         await self.sync()
         self._take_store(self.store)
 
@@ -194,6 +216,8 @@ class Follower:
             batches=self.batches,
             writes=self.writes,
             swaps=self.swaps,
+            scrub=self.scrubber.statistics(),
+            members=following.members if following is not None else (),
         )
 
     # ---- the store
@@ -239,7 +263,8 @@ class Follower:
         if store is None:
             raise StoreError("the store is not open")
         self.store = None  # it is closed now, whatever comes of it
-        side = SideCopy(await self._run_blocking(partial(self.copies.begin_side, store)))
+        self._suspect = (store.suspect, store.unreadable)
+        side = SideCopy(await self._run_blocking(partial(self.copies.begin_side, store, store.unreadable)))
         self._unsynced = False  # opening the copy again reads what is there, and syncs
         return side
 
@@ -249,6 +274,9 @@ class Follower:
             result: T = await self._run_blocking(call)
         except CorruptRecord as error:
             raise ProtocolError(f"the leader sent a record that is not whole: {error}") from error
+        except StoreDamaged as error:
+            self._suspect = (str(error), True)
+            raise LinkBroken(f"what was copied can't be read, and is left out the next time: {error}") from error
         return result
 
     async def swap(self, side: SideCopy) -> None:
@@ -264,6 +292,7 @@ class _Following:
 
     def __init__(self, follower: Follower, greeting: Greeting, epoch: int, welcomed: Callable[[], None]) -> None:
         self.commit = 0
+        self.members: tuple[Member, ...] = ()
         self.heard_at: float | None = None
         self.catching_up = False
         self._follower = follower
@@ -280,6 +309,7 @@ class _Following:
         self._room = trio.Event()
         self._side: SideCopy | None = None
         self._sync_at: float | None = None
+        self._exchange = Exchange(epoch, greeting.frames, self._whole_store, follower.run_reading)
 
     async def run(self) -> None:
         await self._shake_hands()
@@ -288,6 +318,8 @@ class _Following:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._guard, self._write)
+                nursery.start_soon(self._guard, self._exchange.run)
+                nursery.start_soon(self._guard, self._scrub)
                 await self._guard(self._receive)
         if self._failure is not None:
             raise self._failure
@@ -318,7 +350,8 @@ class _Following:
             conversation = Conversation(
                 self._config.name, challenge.name, name, incarnation, self._epoch, challenge.nonce, nonce
             )
-            position = follower.position
+            store = follower.store
+            position = Position(0, 0) if store is not None and store.suspect else follower.position
             proof = follower_proof(follower.secret, conversation, position)
             await self._frames.send_frame(
                 Hello(PROTOCOL, self._config.name, name, incarnation, position, self._epoch, nonce, proof)
@@ -358,10 +391,14 @@ class _Following:
             raise ProtocolError(f"a frame of epoch {frame.epoch}: this replica follows epoch {self._epoch}")
         if isinstance(frame, Heartbeat):
             self.commit = frame.commit
+            self.members = frame.members
             with trio.move_on_after(self._config.heartbeat_timeout):
                 await self._frames.send_frame(HeartbeatAnswer(self._epoch, frame.number, self._follower.position))
                 return
             raise LinkBroken("the leader takes no answers")
+        if isinstance(frame, Fetch | Values):
+            self._exchange.take(frame)
+            return
         self._pending.append(frame)
         self._pending_bytes += _size(frame)
         self._work.set()
@@ -432,6 +469,21 @@ class _Following:
             if key == fmt.META_KEY or key[0] == fmt.END:
                 raise ProtocolError(f"batch {position} changes the key {key.hex()}, which is no replica's to change")
         return changes
+
+    # ---- bad values
+
+    def _whole_store(self) -> Store | None:
+        """The store, unless it is about to be another one."""
+        return None if self.catching_up else self._follower.store
+
+    async def _scrub(self) -> None:
+        async def ask(keys: Sequence[bytes], lsn: int) -> dict[bytes, Found]:
+            return await self._exchange.fetch(keys)
+
+        await self._follower.scrubber.run(self._whole_store, ask)
+        store = self._whole_store()
+        if store is not None:
+            raise LinkBroken(f"this copy is going to be compared with the leader's: {store.suspect}")
 
     # ---- catching up by difference
 

@@ -6,8 +6,6 @@ after it. How long to wait is the callers' affair.
 
 from __future__ import annotations
 
-from collections import deque
-
 import trio
 
 from pybroker.cluster.frames import HANDSHAKE_BYTES_MAX, Frame, FrameReader, encode
@@ -29,17 +27,21 @@ class FrameStream:
         self.reader = FrameReader(HANDSHAKE_BYTES_MAX)
         self._stream = stream
         self._writing = trio.Lock()
-        self._received: deque[Frame] = deque()
+        self._left = False  # there may be whole frames in the reader
         self._broken = False
 
     async def receive(self, silence: float) -> list[Frame]:
         """The frames of one read; perhaps none that is whole yet. Raises LinkBroken (also after `silence` seconds without a byte)
         and ProtocolError.
         """
-        if self._received:
-            frames = list(self._received)
-            self._received.clear()
-            return frames
+        if self._left:
+            self._left = False
+            frames = self.reader.feed(b"")
+            if frames:
+                return frames
+        return self.reader.feed(await self._read(silence))
+
+    async def _read(self, silence: float) -> bytes | bytearray:
         data: bytes | bytearray | None = None
         try:
             with trio.move_on_after(silence):
@@ -50,13 +52,15 @@ class FrameStream:
             raise LinkBroken(f"silent for {silence:g} s")
         if not data:
             raise LinkBroken("the peer closed the connection")
-        return self.reader.feed(data)
+        return data
 
     async def receive_one(self, silence: float) -> Frame:
-        """One frame; what comes with it waits for the next call of either method."""
-        while not self._received:
-            self._received.extend(await self.receive(silence))
-        return self._received.popleft()
+        """One frame; what came with it waits for the next call of either method, and the limits of that moment."""
+        frames = self.reader.feed(b"", 1) if self._left else []
+        while not frames:
+            frames = self.reader.feed(await self._read(silence), 1)
+        self._left = True
+        return frames[0]
 
     async def send(self, data: bytes) -> None:
         """Send encoded frames. Raises LinkBroken."""

@@ -29,6 +29,8 @@ CONTROL_BYTES_MAX = 1024 * 1024  # a payload from a follower
 FRAME_BYTES_MAX = 256 * 1024 * 1024  # any payload; so the most that one batch can hold
 KEY_BYTES_MAX = 256  # one key of the store
 RANGES_MAX = 2_048  # ranges in one Digests or Want
+FETCH_KEYS_MAX = 256  # keys in one Fetch or Values
+MEMBERS_MAX = 32  # rows of a leader's table that a heartbeat carries
 TEXT_CHARACTERS_MAX = 500  # the text of a refusal
 NONCE_BYTES = 16
 PROOF_BYTES = 32
@@ -37,6 +39,11 @@ NUMBER_MAX = 2**63 - 1
 
 BATCHES = "batches"
 DIFFERENCE = "difference"
+
+LEADING = "leading"  # states of a member, as the leader knows them
+FOLLOWING = "following"
+CATCHING_UP = "catching up"
+MEMBER_STATES = (LEADING, FOLLOWING, CATCHING_UP)
 
 _HEAD = Struct(">BIII")
 _HEAD_START = Struct(">BII")
@@ -99,12 +106,23 @@ class Answer(NamedTuple):
     position: Position
 
 
+class Member(NamedTuple):
+    """What the leader knows of itself, or of a copy that is attached to it. `position` is the durable one."""
+
+    name: str
+    incarnation: str
+    counted: bool
+    state: str
+    position: Position
+
+
 class Heartbeat(NamedTuple):
-    """The leader is there. `commit` is the number of the last batch that a quorum holds."""
+    """The leader is there. `commit` is the number of the last batch that a quorum holds; `members` is for status only."""
 
     epoch: int
     number: int
     commit: int
+    members: tuple[Member, ...] = ()
 
 
 class HeartbeatAnswer(NamedTuple):
@@ -153,6 +171,26 @@ class SnapshotEnd(NamedTuple):
     position: Position
 
 
+class Fetch(NamedTuple):
+    """Either side asks for the values of keys whose own ones are bad. It has no second question before the first is answered."""
+
+    epoch: int
+    number: int
+    keys: tuple[bytes, ...]
+
+
+class Values(NamedTuple):
+    """What that question's keys hold in this store at `position`: whole values, or None where there is no such key.
+
+    A key is missing if its value is bad here too; or if there was no room for it, beside one that is there.
+    """
+
+    epoch: int
+    number: int
+    position: Position
+    pairs: tuple[tuple[bytes, bytes | None], ...]
+
+
 Frame = (
     Challenge
     | Hello
@@ -167,6 +205,8 @@ Frame = (
     | Want
     | Chunk
     | SnapshotEnd
+    | Fetch
+    | Values
 )
 
 
@@ -209,6 +249,19 @@ def _how(value: Any) -> str:
     if value not in (BATCHES, DIFFERENCE) or type(value) is not str:
         raise ProtocolError("a replication frame names an unknown way of catching up")
     return value
+
+
+def _members(value: Any) -> tuple[Member, ...]:
+    if type(value) is not list or len(value) > MEMBERS_MAX:
+        raise ProtocolError(f"a replication frame has a field that is not a table of up to {MEMBERS_MAX} members")
+    return tuple(map(_member, value))
+
+
+def _member(value: Any) -> Member:
+    if type(value) is not list or len(value) != 5 or type(value[2]) is not bool or value[3] not in MEMBER_STATES:
+        raise ProtocolError("a replication frame has a member that is not name, copy, counted, state and position")
+    name, incarnation, counted, state, position = value
+    return Member(_name(name), _name(incarnation), counted, state, _position(position))
 
 
 def _exactly(size: int) -> Callable[[Any], bytes]:
@@ -257,6 +310,22 @@ def _range_rows(value: Any) -> tuple[tuple[bytes, bytes], ...]:
     return tuple((_key(row[0]), _key(row[1])) for row in _rows(value, 2))
 
 
+def _keys(value: Any) -> tuple[bytes, ...]:
+    if type(value) is not list or len(value) > FETCH_KEYS_MAX:
+        raise ProtocolError(f"a replication frame has a field that is not a list of up to {FETCH_KEYS_MAX} keys")
+    return tuple(map(_key, value))
+
+
+def _pairs(value: Any) -> tuple[tuple[bytes, bytes | None], ...]:
+    if type(value) is not list or any(type(row) is not list or len(row) != 2 for row in value):
+        raise ProtocolError("a replication frame has a field that is not a list of keys and values")
+    keys = _keys([row[0] for row in value])
+    values = [row[1] for row in value]
+    if not set(map(type, values)) <= {bytes, type(None)}:
+        raise ProtocolError("a replication frame has values that are not bytes")
+    return tuple(zip(keys, values, strict=True))
+
+
 _nonce = _exactly(NONCE_BYTES)
 
 # On the wire: do not change, and never renumber a type.
@@ -267,13 +336,15 @@ _SHAPES: dict[int, tuple[type[Any], tuple[Callable[[Any], Any], ...]]] = {
     4: (Refusal, (_word, _text, _number)),
     5: (BatchFrame, (_number, _position, _position, _run)),
     6: (Answer, (_number, _position)),
-    7: (Heartbeat, (_number, _number, _number)),
+    7: (Heartbeat, (_number, _number, _number, _members)),
     8: (HeartbeatAnswer, (_number, _number, _position)),
     9: (SnapshotBegin, (_number, _position)),
     10: (Digests, (_number, _position, _digest_rows)),
     11: (Want, (_number, _range_rows)),
     12: (Chunk, (_number, _key, _key, _run)),
     13: (SnapshotEnd, (_number, _position)),
+    14: (Fetch, (_number, _number, _keys)),
+    15: (Values, (_number, _number, _position, _pairs)),
 }
 _KINDS = {shape[0]: kind for kind, shape in _SHAPES.items()}
 
@@ -361,23 +432,26 @@ class FrameReader:
         """Bytes of a frame that is not whole yet."""
         return len(self._buffer)
 
-    def feed(self, data: bytes | bytearray) -> list[Frame]:
-        """The frames that are whole now. Raises ProtocolError; frames before the bad one in the same `data` are lost."""
+    def feed(self, data: bytes | bytearray, count_max: int | None = None) -> list[Frame]:
+        """The frames that are whole now, `count_max` of them at most: the rest is not looked at yet, `bytes_max` may change first.
+
+        Raises ProtocolError; frames before the bad one in the same `data` are lost.
+        """
         if self._error is not None:
             raise ProtocolError(self._error)
         self._buffer += data
         try:
-            return self._take()
+            return self._take(count_max)
         except ProtocolError as error:
             self._error = str(error)
             self._buffer.clear()
             raise
 
-    def _take(self) -> list[Frame]:
+    def _take(self, count_max: int | None) -> list[Frame]:
         frames: list[Frame] = []
         buffer = self._buffer
         at = 0
-        while len(buffer) - at >= HEAD_BYTES:
+        while len(buffer) - at >= HEAD_BYTES and len(frames) != count_max:
             version, size, check, head_check = _HEAD.unpack_from(buffer, at)
             if version != VERSION:
                 raise ProtocolError(f"the peer's frames have version {version}, this version speaks {VERSION}")

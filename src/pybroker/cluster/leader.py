@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -21,22 +20,31 @@ from pybroker.cluster.frames import (
     BATCHES,
     CONTROL_BYTES_MAX,
     DIFFERENCE,
+    FOLLOWING,
+    LEADING,
+    MEMBERS_MAX,
     NONCE_BYTES,
     PROTOCOL,
     Challenge,
     Hello,
+    Member,
     Refusal,
     Welcome,
     encode,
     encode_changes,
 )
 from pybroker.cluster.handshake import Conversation, follower_proof, leader_proof, proof_fault
-from pybroker.cluster.link import FAREWELL, FOLLOWING, Link, LinkContext
+from pybroker.cluster.lease_clock import LeaseClock, seconds_asleep
+from pybroker.cluster.link import FAREWELL, Link, LinkContext
+from pybroker.cluster.places import Places
 from pybroker.cluster.registry import Position
+from pybroker.cluster.repair import Answer, is_whole
 from pybroker.cluster.ring import Ring, RingBatch
+from pybroker.cluster.scrub import Scrubber
+from pybroker.cluster.statistics import FollowerStatistics, LeaderStatistics
 from pybroker.cluster.tracking import Copy, Tracking
 from pybroker.config import ReplicaSetConfig
-from pybroker.errors import BrokerError, ProtocolError
+from pybroker.errors import BrokerError, ProtocolError, StoreDamaged, StoreError
 from pybroker.store.committer import Batch
 from pybroker.store.store import Store
 
@@ -45,6 +53,7 @@ log = logging.getLogger("pybroker.cluster")
 HANDSHAKE = 5.0  # seconds from accepting a connection to its Hello
 HANDSHAKES_MAX = 64  # connections that have not proved anything yet
 CLOSING = 2.0  # seconds for a link that was replaced to end
+SYNC_INTERVAL = 1.0  # seconds until the leader's disk is asked to, in the modes that do not wait for it
 
 
 class LeadershipLost(BrokerError):
@@ -57,46 +66,16 @@ class LeadershipLost(BrokerError):
         self.epoch = epoch
 
 
-@dataclass(frozen=True, slots=True)
-class FollowerStatistics:
-    """One follower. `lag` is in batches; `unsent_bytes` of batches wait here for it."""
-
-    name: str
-    incarnation: str
-    state: str
-    counted: bool
-    position: Position
-    lag: int
-    unsent_bytes: int
-    chunks_compared: int
-    moved_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaderStatistics:
-    """`position` is that of the last batch, `durable` that of the leader's own store, `reach` the last batch on a quorum."""
-
-    epoch: int
-    position: Position
-    durable: Position
-    reach: int
-    lease_valid: bool
-    lease_left: float
-    ring_batches: int
-    ring_bytes: int
-    refused: int
-    cut: int
-    followers: tuple[FollowerStatistics, ...]
-
-
 class Leader:
     """One term of leading: from an election won to `LeadershipLost`. Implements `Committer`.
 
     ring          the recent batches of this replica's life as a follower; it is aligned to the store
     counted       name to incarnation: the roster as the election left it
     register      puts a copy on the roster in ZooKeeper; True only when it certainly is there
-    run_blocking  runs a blocking call elsewhere, one at a time; `run_reading` the same for the reads of catching up
+    run_blocking  runs a blocking call elsewhere, one at a time; `run_reading` the same for long reads
     rng           for nonces
+    scrubber      this replica's walks in search of bad values; None = one that begins with this leader
+    asleep        for how many seconds the machine has been suspended
     """
 
     def __init__(
@@ -112,7 +91,9 @@ class Leader:
         run_blocking: RunBlocking,
         rng: random.Random,
         run_reading: RunBlocking | None = None,
+        scrubber: Scrubber | None = None,
         outbox_bytes_max: int | None = None,
+        asleep: Callable[[], float] = seconds_asleep,
     ) -> None:
         self.config = config
         self.name = name
@@ -120,16 +101,29 @@ class Leader:
         self.ring = ring
         position = Position(*store.position)
         ring.align(position)
-        self._roster = dict(counted)
         self._store = store
         self._run_blocking = run_blocking
         self._rng = rng
-        self._register = register
+        self._clock = LeaseClock(asleep)
+        self._had_lease = False  # from then on a lease that is over stays over
+        self._synced = config.sync in ("quorum_disk", "local_disk")
+        self._unsynced = False
         self._secret = config.secret.encode() or None
+        self._run_reading = run_reading if run_reading is not None else run_blocking
+        self._scrubber = scrubber or Scrubber(config, self._run_reading, run_blocking)
         self._started_after = position.lsn  # batches above are of this epoch
         copies = [Copy(*pair) for pair in counted.items()]
         self._tracking = Tracking(epoch, config.replicas // 2 + 1, name, copies, position.lsn)
         self._links: dict[str, Link] = {}
+        self.places = Places(
+            config,
+            name,
+            counted,
+            self._tracking,
+            register=register,
+            cut=self._cut_link,
+            counting=self._answered,
+        )
         self._handshakes = 0
         self._refused = 0
         self._cut = 0
@@ -138,17 +132,17 @@ class Leader:
         self._changed = trio.Event()
         self._awaited: int | None = None  # the batch that `commit` waits for
         self._reached = trio.Event()
-        self._learners = trio.Event()
         self._context = LinkContext(
             epoch=epoch,
             store=store,
             ring=ring,
             tracking=self._tracking,
-            run_reading=run_reading if run_reading is not None else run_blocking,
+            run_reading=self._run_reading,
             silence=config.lease,
             outbox_bytes_max=outbox_bytes_max if outbox_bytes_max is not None else config.ring_bytes_max,
             answered=self._answered,
             deposed=self._depose,
+            members=self.members,
         )
 
     # ---- committing
@@ -176,10 +170,11 @@ class Leader:
         for link in self._links.values():
             link.batch_added(entry.size)
         if self.config.sync in ("quorum_disk", "quorum_mem"):
-            await self._wait_reach(position.lsn)
+            await self.wait_reach(position.lsn)
         await self._write(batch)
 
-    async def _wait_reach(self, lsn: int) -> None:
+    async def wait_reach(self, lsn: int) -> None:
+        """Wait until a quorum holds that batch, in any mode. Raises LeadershipLost. (Not beside a `commit`.)"""
         if self._tracking.reach() < lsn:
             self._awaited = lsn
             self._reached = trio.Event()
@@ -192,13 +187,35 @@ class Leader:
     async def _write(self, batch: Batch) -> None:
         store = self._store
         prepared = store.prepare(batch.changes, batch.position)  # on the event loop: cheap calls into C
-        sync = self.config.sync in ("quorum_disk", "local_disk")
+        self._unsynced = not self._synced
         try:
-            await self._run_blocking(partial(store.write, prepared, sync))
+            await self._run_blocking(partial(store.write, prepared, self._synced))
         except BaseException:
             # Also when it was cancelled: nobody knows now whether the next batch would follow this one on the disk.
             self._lose(LeadershipLost("a write to the leader's own store did not end well"))
             raise
+
+    async def sync(self) -> None:
+        """Ask the disk for what was written without waiting for it. Raises StoreError, which ends the leadership."""
+        if not self._unsynced:
+            return
+        self._unsynced = False
+        backend = self._store.backend
+        try:
+            await self._run_blocking(lambda: backend.write(backend.new_batch([]), True))
+        except BaseException:
+            self._unsynced = True
+            self._lose(LeadershipLost("the disk of the leader's own store could not be asked for what was written"))
+            raise
+
+    async def _sync_regularly(self) -> None:
+        while True:
+            await trio.sleep(SYNC_INTERVAL)
+            try:
+                await self.sync()
+            except StoreError as error:
+                log.error("the leader's own store: %s", error)
+                return
 
     def _check_leading(self) -> None:
         if self._lost is not None:
@@ -208,13 +225,36 @@ class Leader:
 
     @property
     def lease_valid(self) -> bool:
-        """Whether this replica may show what it has: nobody else can have been elected, as far as it can know."""
-        return self._lost is None and trio.current_time() < self._tracking.lease_until(self.config.lease)
+        """Whether this replica may show what it has: nobody else can have been elected, as far as it can know.
+
+        To find the lease over is to end the leadership, for good: what comes late must not make it valid again.
+        """
+        if self._lost is not None:
+            return False
+        if self._clock.now() < self._tracking.lease_until(self.config.lease):
+            self._had_lease = True
+            return True
+        if self._had_lease:
+            self.step_down(f"no quorum has answered a heartbeat of the last {self.config.lease:g} s")
+        return False
+
+    async def wait_lease(self) -> None:
+        """Wait until a quorum has answered for the first time. Raises LeadershipLost."""
+        while not self.lease_valid:
+            self._check_leading()
+            await self._changed.wait()
+
+    def step_down(self, reason: str) -> None:
+        """End the leadership for good: nothing is confirmed any more, every link is cut, `run` raises LeadershipLost."""
+        self._lose(LeadershipLost(reason))
 
     async def run(self) -> None:
         """Send heartbeats and put learners on the roster until this replica does not lead any more. Raises LeadershipLost."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._put_learners_on_roster)
+            nursery.start_soon(self.places.run)
+            if not self._synced:
+                nursery.start_soon(self._sync_regularly)
+            nursery.start_soon(self._scrubber.run, lambda: self._store, self.ask_followers)
             try:
                 await self._beat_until_lost()
             finally:
@@ -224,44 +264,21 @@ class Leader:
 
     async def _beat_until_lost(self) -> None:
         config = self.config
-        started = trio.current_time()
+        patience = 2 * config.lease
+        started = self._clock.now()
         while self._lost is None:
-            now = trio.current_time()
-            valid_until = max(self._tracking.lease_until(config.lease), started)
-            if now >= valid_until + config.lease:
-                self._lose(LeadershipLost(f"no quorum has answered for {now - valid_until + config.lease:.1f} s"))
+            now = self._clock.now()
+            if self._links and not self._had_lease:
+                started = now  # somebody is here: perhaps a learner, who counts when it has been brought up
+            if not self.lease_valid and now >= started + patience:
+                self.step_down(f"no quorum has answered for {now - started:.1f} s")
+            if self._lost is not None:
                 return
             number = self._tracking.beat(now)
             for link in self._links.values():
                 link.beat(number)
             with trio.move_on_after(config.heartbeat_interval):
                 await self._ended.wait()
-
-    async def _put_learners_on_roster(self) -> None:
-        while True:
-            await self._learners.wait()
-            self._learners = trio.Event()
-            retry = False
-            for copy in self._tracking.ready_learners():
-                if await self._try_to_register(copy):
-                    self._roster[copy.name] = copy.incarnation
-                    counted = self._tracking.registered(copy)
-                    log.info(
-                        "replica %s (copy %s) is on the roster%s", *copy, "" if counted else ", and replaced already"
-                    )
-                    self._answered()
-                else:
-                    retry = True
-            if retry:
-                await trio.sleep(self.config.retry_interval)
-                self._learners.set()
-
-    async def _try_to_register(self, copy: Copy) -> bool:
-        try:
-            return await self._register(copy.name, copy.incarnation)
-        except BrokerError as error:
-            log.info("replica %s can't be put on the roster yet: %s", copy.name, error)
-            return False
 
     def _lose(self, lost: LeadershipLost) -> None:
         if self._lost is None:
@@ -280,8 +297,7 @@ class Leader:
         tracking = self._tracking
         if self._awaited is not None and tracking.reach() >= self._awaited:
             self._reached.set()
-        if not self._learners.is_set() and tracking.ready_learners():
-            self._learners.set()
+        self.places.look()
         self._notify()
 
     def _notify(self) -> None:
@@ -291,17 +307,55 @@ class Leader:
     # ---- the roster
 
     def stop_counting(self, name: str) -> None:
-        """Before an operator's change takes a name off the roster in ZooKeeper: its answers count no more."""
-        self._tracking.stop_counting(name)
+        """Before an operator's change takes a name off the roster in ZooKeeper: see `Places.bar`."""
+        self.places.bar(name)
+        self._notify()
 
     def set_roster(self, roster: Mapping[str, str]) -> None:
-        """The roster has been changed in ZooKeeper: names that are on it may attach. Counts nobody that did not count."""
-        for name in set(self._roster) - set(roster):
-            self._tracking.stop_counting(name)
-            link = self._links.get(name)
-            if link is not None:
-                link.cut("its name was taken off the roster")
-        self._roster = dict(roster)
+        """The roster has been changed in ZooKeeper. One that this leader is not on any more ends its leadership."""
+        if self.name not in roster:
+            self.step_down(f"the name {self.name} was taken off the roster")
+        else:
+            self.places.set(roster)
+
+    def _cut_link(self, name: str, reason: str) -> None:
+        link = self._links.get(name)
+        if link is not None:
+            link.cut(reason)
+
+    # ---- bad values
+
+    async def fetch(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Whole values of keys that were found bad in this leader's store: its own ones if they are whole by now, or followers'.
+
+        Each is at least as new as this store is now. Keys that nobody has whole are missing. Takes no longer than
+        `heartbeat_timeout`.
+        """
+        lsn = self._store.position[1]
+        found: dict[bytes, bytes] = await self._run_reading(lambda: _whole_values(self._store, keys))
+        answers = await self.ask_followers([key for key in keys if key not in found], lsn)
+        return found | {key: answer.value for key, answer in answers.items() if answer.value is not None}
+
+    async def ask_followers(self, keys: Sequence[bytes], lsn: int) -> dict[bytes, Answer]:
+        """What followers that hold everything up to batch `lsn` have under these keys; a value goes before no value."""
+        answers: dict[bytes, Answer] = {}
+        asked: set[Link] = set()
+        with trio.move_on_after(self.config.heartbeat_timeout):
+            while wanted := [key for key in keys if key not in answers or answers[key].value is None]:
+                links = [link for link in self._links.values() if link.state == FOLLOWING and link not in asked]
+                if not links:
+                    break
+                link = max(links, key=lambda link: link.position.lsn)
+                if link.position.lsn < lsn:
+                    await self._changed.wait()  # none has answered for that batch yet
+                    continue
+                asked.add(link)
+                try:
+                    got = await link.exchange.fetch(wanted)
+                except LinkBroken:
+                    continue
+                answers |= {key: answer for key, answer in got.items() if answer.known_at >= lsn}
+        return answers
 
     # ---- waiting
 
@@ -309,6 +363,10 @@ class Leader:
         return [
             link for link in self._links.values() if link.state == FOLLOWING and self._tracking.is_counted(link.copy)
         ]
+
+    def others_hold(self) -> bool:
+        """Whether a quorum of counted copies beside this one is attached, and takes batches."""
+        return len(self._following()) > self.config.replicas // 2
 
     async def wait_followers(self, count: int) -> None:
         """Wait until so many counted followers are attached and take batches. Raises LeadershipLost."""
@@ -330,7 +388,7 @@ class Leader:
     def statistics(self) -> LeaderStatistics:
         """What this leader knows now."""
         last = self.ring.last
-        left = self._tracking.lease_until(self.config.lease) - trio.current_time()
+        left = self._tracking.lease_until(self.config.lease) - self._clock.now()
         followers = [
             FollowerStatistics(
                 name=name,
@@ -356,8 +414,18 @@ class Leader:
             ring_bytes=self.ring.bytes,
             refused=self._refused,
             cut=self._cut,
+            scrub=self._scrubber.statistics(),
             followers=tuple(followers),
         )
+
+    def members(self) -> tuple[Member, ...]:
+        """This leader and the copies that are attached to it, as it shows them to all."""
+        own = Member(self.name, self.places.incarnation(self.name), True, LEADING, Position(*self._store.position))
+        others = [
+            Member(*link.copy, self._tracking.is_counted(link.copy), link.state, link.position)
+            for _, link in sorted(self._links.items())
+        ]
+        return (own, *others)[:MEMBERS_MAX]
 
     # ---- followers
 
@@ -421,14 +489,7 @@ class Leader:
             return Refusal("other-epoch", f"this leader's epoch is {self.epoch}, not {hello.epoch}", self.epoch)
         if hello.name == self.name:
             return Refusal("own-name", f"{hello.name} is this leader's own name")
-        if hello.name not in self._roster:
-            newcomers = [name for name in self._links if name not in self._roster and name != hello.name]
-            if len(self._roster) + len(newcomers) >= self.config.replicas:
-                names = ", ".join(sorted(self._roster))
-                return Refusal(
-                    "no-place", f"{hello.name} is not one of the set's {self.config.replicas} replicas: {names}"
-                )
-        return None
+        return self.places.fault(hello.name, self._links)
 
     async def _welcome(self, frames: FrameStream, hello: Hello, conversation: Conversation) -> Link | None:
         copy = Copy(hello.name, hello.incarnation)
@@ -476,7 +537,7 @@ class Leader:
 
     async def _run_link(self, link: Link) -> None:
         try:
-            number = self._tracking.beat(trio.current_time())
+            number = self._tracking.beat(self._clock.now())
             link.beat(number)
             self._answered()
             await link.run()
@@ -490,3 +551,17 @@ class Leader:
         self._tracking.detach(link.attachment)
         if self._links.get(link.copy.name) is link:
             del self._links[link.copy.name]
+
+
+def _whole_values(store: Store, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Blocking."""
+    found = {}
+    with store.backend.snapshot() as reader:
+        for key in keys:
+            try:
+                value = reader.get(key)
+            except StoreDamaged:
+                continue
+            if value is not None and is_whole(key, value):
+                found[key] = value
+    return found

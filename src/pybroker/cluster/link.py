@@ -14,8 +14,23 @@ import trio
 
 from pybroker.cluster.catchup import SEND_BYTES, DifferenceSender, RunBlocking
 from pybroker.cluster.frame_stream import FrameStream, LinkBroken
-from pybroker.cluster.frames import Answer, Frame, Heartbeat, HeartbeatAnswer, Refusal, SnapshotEnd, Want, encode
+from pybroker.cluster.frames import (
+    CATCHING_UP,
+    FOLLOWING,
+    Answer,
+    Fetch,
+    Frame,
+    Heartbeat,
+    HeartbeatAnswer,
+    Member,
+    Refusal,
+    SnapshotEnd,
+    Values,
+    Want,
+    encode,
+)
 from pybroker.cluster.registry import Position
+from pybroker.cluster.repair import Exchange
 from pybroker.cluster.ring import Ring
 from pybroker.cluster.tracking import Copy, Tracking
 from pybroker.errors import ProtocolError, StoreError
@@ -25,13 +40,15 @@ log = logging.getLogger("pybroker.cluster")
 
 FAREWELL = 0.5  # seconds for a last word
 
-CATCHING_UP = "catching up"
-FOLLOWING = "following"
-
 
 @dataclass(frozen=True, slots=True)
 class LinkContext:
-    """What all links of one leader share. `answered` is called after each answer, `deposed` with an epoch above the leader's."""
+    """What all links of one leader share.
+
+    answered  called after each answer
+    deposed   called with an epoch above the leader's
+    members   gives the leader's table, for heartbeats
+    """
 
     epoch: int
     store: Store
@@ -42,6 +59,7 @@ class LinkContext:
     outbox_bytes_max: int
     answered: Callable[[], None]
     deposed: Callable[[str, int], None]
+    members: Callable[[], tuple[Member, ...]] = tuple
 
 
 class Link:
@@ -64,6 +82,7 @@ class Link:
         self.moved_bytes = 0
         self.ended: str | None = None
         self.closed = trio.Event()  # `run` has ended
+        self.exchange = Exchange(context.epoch, frames, lambda: context.store, context.run_reading)
         self._context = context
         self._frames = frames
         self._cursor = cursor
@@ -108,6 +127,7 @@ class Link:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._send_beats)
                     nursery.start_soon(self._guard, self._send_all_batches)
+                    nursery.start_soon(self._guard, self.exchange.run)
                     await self._guard(self._receive)
         finally:
             self.closed.set()
@@ -152,6 +172,8 @@ class Link:
                 self._send_wants.send_nowait(frame)
             except trio.WouldBlock:
                 raise ProtocolError("a follower wants ranges that it was not asked about") from None
+        elif isinstance(frame, Fetch | Values):
+            self.exchange.take(frame)
         elif isinstance(frame, Refusal):
             if frame.epoch > context.epoch:
                 context.deposed(f"{self.copy.name} follows epoch {frame.epoch}: {frame.text}", frame.epoch)
@@ -168,7 +190,8 @@ class Link:
             self._beat_due = trio.Event()
             number = self._beat
             context.tracking.beat_sent(self.attachment, number)
-            await self._frames.send(encode(Heartbeat(context.epoch, number, context.tracking.reach())))
+            beat = Heartbeat(context.epoch, number, context.tracking.reach(), context.members())
+            await self._frames.send(encode(beat))
 
     async def _send_all_batches(self) -> None:
         if self._cursor is None:

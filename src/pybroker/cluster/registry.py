@@ -55,7 +55,7 @@ class View:
     """All nodes of a set as they were read. A version is None where the node is not there.
 
     slots   name to (slot, version)
-    roster  name to incarnation: the copies that count
+    roster  name to incarnation: the copies that count; "" where a place is kept for a name that has no such copy yet
     alive   name to what a running replica says of itself (for status only)
     """
 

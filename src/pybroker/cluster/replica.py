@@ -13,28 +13,37 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import trio
 
-from pybroker.cluster import election
+from pybroker.cluster import election, status
 from pybroker.cluster.catchup import RunBlocking
-from pybroker.cluster.coordinator import Coordinator, CoordinatorLost, CreateNode, Outcome, Write
+from pybroker.cluster.coordinator import Coordinator, CoordinatorLost, Outcome, Write
 from pybroker.cluster.election import Blocked, Me, Proposal
 from pybroker.cluster.follower import Follower, FollowingEnded, Greeting
-from pybroker.cluster.leader import Leader, LeadershipLost
+from pybroker.cluster.leader import Leader
+from pybroker.cluster.leadership import Leadership, first_of
+from pybroker.cluster.lease_clock import seconds_asleep
 from pybroker.cluster.network import Network
-from pybroker.cluster.registry import LeaderRecord, Position, View, encode, parse_view
+from pybroker.cluster.registry import LeaderRecord, Position, View, check_name
 from pybroker.cluster.ring import Ring
+from pybroker.cluster.scrub import Scrubber
+from pybroker.cluster.set_nodes import SetNodes
 from pybroker.cluster.term import Term
 from pybroker.config import ReplicaSetConfig
-from pybroker.errors import ConfigurationError, StoreDamaged, StoreError
-from pybroker.store.committer import Batch
+from pybroker.errors import BrokerError, ConfigurationError, NotLeader, StoreDamaged, StoreError
 from pybroker.store.copies import Copies
 from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.replica")
+
+GREETING = 0.2  # seconds for which a replica that could stand for election waits for a leader's first word
+REOPEN_DELAY_MAX = 10.0  # seconds between two tries to open a store that has failed
+STAND_BACK_MAX = 60.0  # seconds for which a leader whose store failed, again and again, lets others go first
+STANDING_BACK = 1 << 32  # less weight for one that lets others go first
 
 NONE, CANDIDATE, JOINING, FOLLOWER, LEADER = "none", "candidate", "joining", "follower", "leader"
 
@@ -43,7 +52,9 @@ class Replica:
     """A member. `run` is its life; `next_term` waits until it leads.
 
     clients      gives the addresses that a leader shows to clients
-    run_blocking runs a function that may block (store, files) away from the event loop
+    run_blocking runs a function that may block (store, files) away from the event loop, one at a time
+    run_reading  the same for long reads, beside those; None = `run_blocking`
+    asleep       for how many seconds the machine has been suspended
     """
 
     def __init__(
@@ -56,7 +67,9 @@ class Replica:
         *,
         run_blocking: RunBlocking,
         rng: random.Random,
+        run_reading: RunBlocking | None = None,
         clients: Callable[[], tuple[str, ...]] = tuple,
+        asleep: Callable[[], float] = seconds_asleep,
     ) -> None:
         self.config = config
         self.name = name
@@ -67,30 +80,38 @@ class Replica:
         self.address = ""  # where the others reach it
         self.forced = False  # an operator asked for a start with what is there
         self._copies = copies
-        self._coordinator = coordinator
+        self._nodes = SetNodes(coordinator)
         self._network = network
         self._run_blocking = run_blocking
+        self._run_reading = run_reading if run_reading is not None else run_blocking
+        self._scrubber = Scrubber(config, self._run_reading, run_blocking)
         self._rng = rng
         self.clients = clients
         self._store: Store | None = None
         self._ring = Ring(config.ring_bytes_max)
-        self._leading: Leader | None = None
+        self._leading: Leadership | None = None
         self._following: Follower | None = None
-        self._term: Term | None = None
+        self._asleep = asleep
         self._changed = trio.Event()
+        self._forced = trio.Event()
         self._unreachable: dict[str, float] = {}  # attempt of a leader that did not answer -> until when it isn't tried
-        self._resigned_until = 0.0
+        self._resigned_until = 0.0  # others may go first until then
+        self._failures = 0  # of the store, one soon after the other
+        self._failed_at = -STAND_BACK_MAX
         self._first = True  # this life has not written its slot yet
         self._proposing = False  # an election that this replica tries is under way
-        self._addresses = trio.Event()  # those shown to clients may have changed
 
     # ---- for the owner
 
     async def next_term(self) -> Term:
         """Wait until this replica leads."""
-        while self._term is None or self._term.lost.is_set() or self._term._released.is_set():
+        while True:
+            leading = self._leading
+            if leading is not None and leading.given:
+                term = leading.term
+                if not term.lost.is_set() and not term.released:
+                    return term
             await self._changed.wait()
-        return self._term
 
     async def changes(self) -> AsyncIterator[tuple[str, int]]:
         """The role and its epoch, now and at each change."""
@@ -112,12 +133,55 @@ class Replica:
 
     def hand_over(self) -> None:
         """Ask a leader to resign in good order once its user has released the term. Does nothing elsewhere."""
-        if self._term is not None:
-            self._term.handover.set()
+        if self._leading is not None:
+            self._leading.term.handover.set()
 
     def show_clients(self) -> None:
         """The addresses for clients have changed: a leader shows the new ones."""
-        self._addresses.set()
+        if self._leading is not None:
+            self._leading.show_addresses()
+
+    async def replace(self, old: str, new: str) -> None:
+        """An operator gives the place of the name `old` to `new`, whose copy then comes as a learner.
+
+        Only the leader does it (NotLeader elsewhere); or, while ZooKeeper shows none, whoever is asked. Raises
+        ConfigurationError when that can't be, CoordinatorLost while there is no ZooKeeper.
+        """
+        check_name(new, "replica")
+        if self._leading is not None:
+            await self._leading.replace(old, new)
+            return
+        await self._nodes.replace(self.config.replicas, old, new, self._expect_no_leader)
+        log.warning("replica %s has given the place of %s to %s; there is no leader now", self.name, old, new)
+
+    def _expect_no_leader(self, view: View) -> None:
+        leader = self.leader
+        if leader is None and view.leader is not None and view.leader.epoch == view.epoch:
+            leader = view.leader
+        if leader is not None:
+            raise NotLeader(
+                f"replica {self.name} does not lead: ask replica {leader.name}, which does", leader.name, leader.clients
+            )
+
+    def force_start(self) -> None:
+        """An operator asks for a start with the copies that are there, whatever is missing. What only absent ones have is lost.
+
+        Raises BrokerError when there is a leader, as far as this replica can know.
+        """
+        if self.role in (LEADER, FOLLOWER, JOINING):
+            raise BrokerError(f"replica {self.name} is {self.role}: the set has started")
+        shown = self._nodes.view.leader
+        if shown is not None and shown.epoch == self._nodes.view.epoch and shown.name != self.name:
+            raise BrokerError(
+                f"ZooKeeper shows replica {shown.name} as the leader: stop it; when its session has ended, force the start"
+            )
+        self.forced = True
+        self._forced.set()
+
+    @property
+    def store(self) -> Store | None:
+        """The present one, to be looked at; None while there is none."""
+        return self._following.store if self._following is not None else self._store
 
     @property
     def position(self) -> Position | None:
@@ -127,22 +191,27 @@ class Replica:
         return Position(*self._store.position) if self._store is not None else None
 
     def status(self) -> dict[str, Any]:
-        """What it is and sees, for operators."""
-        position = self.position
-        following = self._following
+        """What it is and sees, and the whole set as far as it knows, for operators."""
+        leader = self.leader
+        me = self._me() if self._store is not None else None
+        if me is not None and self.position is not None:
+            me = replace(me, position=self.position)
+        if self._leading is not None:
+            table = self._leading.leader.members()
+        else:
+            table = self._following.statistics().members if self._following is not None else ()
         return {
             "set": self.config.name,
             "name": self.name,
             "role": self.role,
             "epoch": self.epoch,
-            "position": list(position) if position is not None else None,
-            "incarnation": self._copies.identity.incarnation,
-            "leader": self.leader.name if self.leader is not None else None,
-            "clients": list(self.leader.clients) if self.leader is not None else [],
-            "zookeeper": "connected" if self._coordinator.connected else "not connected",
+            "leader": leader.name if leader is not None else None,
+            "clients": list(leader.clients) if leader is not None else [],
+            "zookeeper": "connected" if self._nodes.connected else "not connected",
             "blocked": self.blocked,
-            "following": asdict(following.statistics()) if following is not None else None,
-            "leading": asdict(self._leading.statistics()) if self._leading is not None else None,
+            "position": list(me.position) if me is not None else None,
+            "sync": self.config.sync,
+            "members": status.members(self._nodes.view, self.name, self.role, me, self.address, leader, table),
         }
 
     def _become(self, role: str, epoch: int | None = None, leader: LeaderRecord | None = None) -> None:
@@ -152,6 +221,9 @@ class Replica:
             log.info("replica %s of set %s: %s (epoch %d)", self.name, self.config.name, role, self.epoch)
         self.role = role
         self.leader = leader
+        if role in (FOLLOWER, LEADER):
+            self.blocked = ""
+            self.forced = False
         self._notify()
 
     def _notify(self) -> None:
@@ -167,24 +239,22 @@ class Replica:
                 bound = await nursery.start(self._network.serve, self.config.bind, self._accept)
                 self.address = self.config.advertise or bound
                 self._store = await self._open()
-                nursery.start_soon(self._run_alive)
+                nursery.start_soon(self._nodes.run_alive, self.name, self.address, self.config.session_timeout / 4)
                 task_status.started()
                 while True:
                     try:
                         await self._live()
                     except CoordinatorLost:
-                        await self._wait_connected()
+                        await self._nodes.wait_connected()
                     except (StoreError, OSError) as error:
                         await self._reopen(error)
         except BaseExceptionGroup as group:
             told, rest = group.split((ConfigurationError, StoreError))
             if told is None or rest is not None:
                 raise
-            raise _first(told) from None
+            raise first_of(told) from None
         finally:
             with trio.CancelScope(shield=True):  # a store must not be closed while anything uses it: files only
-                if self._term is not None:
-                    self._term.end("the replica has stopped")
                 await self._run_blocking(self._copies.close)
 
     async def _open(self) -> Store:
@@ -199,17 +269,23 @@ class Replica:
 
     async def _reopen(self, failure: Exception) -> None:
         log.error("replica %s: its store failed and is opened again: %s", self.name, failure)
-        delay = self.config.retry_interval
+        now = trio.current_time()
+        self._failures = 1 + (self._failures if now - self._failed_at < STAND_BACK_MAX else 0)
+        self._failed_at = now
+        delay = min(self.config.retry_interval * 2 ** min(self._failures - 1, 10), REOPEN_DELAY_MAX)
         self._become(NONE)
+        damaged = isinstance(failure, StoreDamaged) or (self._store is not None and self._store.unreadable)
         while True:
             await trio.sleep(delay)
             try:
                 self._store = None
                 self._ring.clear()
                 self._store = await self._open()
+                if damaged:  # though it opens: as it is, it would fail again
+                    self._store.distrust(str(failure), unreadable=True)
                 return
             except StoreError as error:
-                delay = min(2 * delay, 10.0)
+                delay = min(2 * delay, REOPEN_DELAY_MAX)
                 log.error("replica %s: its store can't be opened, next try in %.1f s: %s", self.name, delay, error)
 
     async def _accept(self, stream: trio.abc.Stream) -> None:
@@ -219,87 +295,36 @@ class Replica:
                     await self._changed.wait()
             leading = self._leading
             if leading is not None:
-                await leading.serve(stream)
+                await leading.leader.serve(stream)
         except Exception:
             log.exception("replica %s: a replication link failed", self.name)
         finally:
             await trio.aclose_forcefully(stream)
 
-    async def _run_alive(self) -> None:
-        """Keep ``alive/NAME``: for status only, no rule depends on it."""
-        seen = -1
-        session = 0
-        while True:
-            if self._coordinator.connected and self._coordinator.session != session:
-                try:
-                    data = encode({"address": self.address})
-                    path = f"alive/{self.name}"
-                    outcome = await self._coordinator.transact([CreateNode(path, data, ephemeral=True)])
-                    if (
-                        outcome is not Outcome.DONE
-                    ):  # it may have been written; or that of my last session is still there
-                        nodes = await self._coordinator.read()
-                        if path not in nodes or nodes[path].owner != self._coordinator.session:
-                            await trio.sleep(self.config.session_timeout / 4)
-                            continue
-                    session = self._coordinator.session
-                except CoordinatorLost:
-                    pass
-            seen = await self._coordinator.wait_change(seen)
-
     # ---- reading and writing ZooKeeper
-
-    async def _look(self) -> tuple[View, int]:
-        """What ZooKeeper says, and the count of changes to wait for something newer with. Raises CoordinatorLost."""
-        seen = self._coordinator.changes
-        return parse_view(await self._coordinator.read()), seen
-
-    async def _wait_connected(self) -> None:
-        while not self._coordinator.connected:
-            await self._coordinator.wait_change(self._coordinator.changes)
 
     def _me(self) -> Me:
         store = self._store
         assert store is not None
         identity = self._copies.identity
         position = Position(*store.position)
-        return Me(self.name, identity.incarnation, identity.starts, self.config.weight, position)
+        weight = self.config.weight
+        if trio.current_time() < self._resigned_until:
+            weight -= STANDING_BACK  # or the others would wait for this one, where it is as good as they are
+        return Me(self.name, identity.incarnation, identity.starts, weight, position)
 
     async def _settled(self, writes: Sequence[Write], happened: Callable[[View], bool]) -> Outcome:
-        """Do a transaction that names my slot's version; an unknown outcome is settled by reading back.
+        return await self._nodes.settle(writes, self._me, happened, self._has_written)
 
-        DONE: it was answered so. UNKNOWN: it was not answered, and reading shows that it has happened. REFUSED: it has
-        not, and can't any more: my slot was written once more, so that it is void if it arrives later.
-        """
-        outcome = await self._coordinator.transact(writes)
-        if outcome is not Outcome.UNKNOWN:
-            return outcome
-        while True:
-            view = await self._read_when_connected()
-            if election.has_written(view, self._me()):
-                self._first = False  # also when an election has emptied the slot since
-            if happened(view):
-                return Outcome.UNKNOWN
-            if self.name not in view.slots:
-                return Outcome.REFUSED
-            try:
-                if await self._coordinator.transact(election.touch(view, self._me())) is Outcome.DONE:
-                    return Outcome.REFUSED
-            except CoordinatorLost:
-                pass
-
-    async def _read_when_connected(self) -> View:
-        while True:
-            try:
-                return (await self._look())[0]
-            except CoordinatorLost:
-                await self._wait_connected()
+    def _has_written(self) -> None:
+        self._first = False
 
     # ---- none and candidate
 
     async def _live(self) -> None:
         """One step: read, and do what the rules say; returns when there is something new to read."""
-        view, seen = await self._look()
+        self._forced = trio.Event()
+        view, seen = await self._nodes.look()
         me = self._me()
         election.check_admission(view, me, self.config.replicas)
         if election.is_restored(view, me, self._first):
@@ -311,22 +336,24 @@ class Replica:
             return
         missing = election.missing_nodes(view, me, self.config.replicas)
         if missing:
-            await self._coordinator.transact(missing)
+            await self._nodes.coordinator.transact(missing)
             return
         leader = election.visible_leader(view, me)
         if leader is not None and not self._may_try(leader):
             leader = None
-        if self.role != CANDIDATE and leader is not None:
-            # Look first whether it is really there: nothing is given up for a leader that does not speak.
-            greeting = await self._greet(leader)
+        stands = election.stands(view, me)
+        if leader is not None and not (self.role == CANDIDATE and stands):
+            # Look first whether it is really there: nothing is given up for a leader that does not speak. But not for long:
+            # if it is dead, the others need this replica to stand.
+            greeting = await self._greet(leader, min(GREETING, self.config.heartbeat_timeout))
             if greeting is not None:
                 await self._join(view, me, leader, greeting)
                 return
             leader = None
-        if not election.may_stand(view, me, self.config.replicas):
+        if not (self.forced or election.may_stand(view, me, self.config.replicas)):
             await self._wait(seen, view, me, leader, None)
             return
-        if not election.stands(view, me):
+        if not stands:
             written = await self._settled(election.publish(view, me), lambda seen: election.stands(seen, me))
             if written is not Outcome.REFUSED:
                 self._first = False
@@ -348,7 +375,7 @@ class Replica:
         if (delay is None or delay > 0) and await self._wait(seen, view, me, leader, delay):
             return
         assert isinstance(proposal, Proposal)
-        session = self._coordinator.session
+        session = self._nodes.coordinator.session
         shown = election.with_epoch(record, proposal.epoch)
         self._proposing = True
         try:
@@ -368,14 +395,18 @@ class Replica:
         False: the delay is over and nothing has changed.
         """
         if delay is None:
-            delay = self.config.retry_interval if election.visible_leader(view, me) is not None else float("inf")
+            delay = float("inf")
+            shown = election.visible_leader(view, me)
+            if shown is not None:  # until it may be tried again
+                now = trio.current_time()
+                delay = max(0.0, self._unreachable.get(shown.attempt, now + self.config.retry_interval) - now)
             changed = True
         else:
             changed = False
         found: list[Greeting] = []
 
         async def look_for_leader(scope: trio.CancelScope, record: LeaderRecord) -> None:
-            greeting = await self._greet(record)
+            greeting = await self._greet(record, self.config.heartbeat_timeout)
             if greeting is not None:
                 found.append(greeting)
                 scope.cancel()
@@ -384,7 +415,7 @@ class Replica:
             if leader is not None:
                 nursery.start_soon(look_for_leader, nursery.cancel_scope, leader)
             with trio.move_on_after(delay):
-                await self._coordinator.wait_change(seen)
+                await self._nodes.wait_change_or(self._forced, seen)
                 changed = True
             nursery.cancel_scope.cancel()
         if found:
@@ -400,9 +431,9 @@ class Replica:
         self._unreachable = {attempt: until for attempt, until in self._unreachable.items() if until > now}
         return leader.attempt not in self._unreachable
 
-    async def _greet(self, leader: LeaderRecord) -> Greeting | None:
+    async def _greet(self, leader: LeaderRecord, patience: float) -> Greeting | None:
         """Connect to a leader and hear it speak; None (and a pause before the next try) when it does not."""
-        with trio.move_on_after(self.config.heartbeat_timeout):
+        with trio.move_on_after(patience):
             try:
                 greeting = await Follower.greet(self._network, leader.replication)
                 if (greeting.challenge.name, greeting.challenge.epoch) == (leader.name, leader.epoch):
@@ -434,14 +465,27 @@ class Replica:
             if outcome is not Outcome.DONE:  # seeing an empty slot is no leave: an election may have emptied it
                 return
             follower = Follower(
-                self.config, self.name, self._copies, store, self._ring, run_blocking=self._run_blocking, rng=self._rng
+                self.config,
+                self.name,
+                self._copies,
+                store,
+                self._ring,
+                run_blocking=self._run_blocking,
+                run_reading=self._run_reading,
+                rng=self._rng,
+                scrubber=self._scrubber,
             )
             self._following = follower
             failure: Exception | None = None
+
+            def welcomed() -> None:
+                self._resigned_until = 0.0  # another one has led since
+                self._become(FOLLOWER, leader.epoch, leader)
+
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_leader, leader)
                 try:
-                    await follower.follow(greeting, leader.epoch, lambda: self._become(FOLLOWER, leader.epoch, leader))
+                    await follower.follow(greeting, leader.epoch, welcomed)
                 except FollowingEnded as ended:
                     log.info("replica %s no longer follows %s: %s", self.name, leader.name, ended)
                 except Exception as error:  # not from within the nursery, which would wrap it
@@ -460,137 +504,65 @@ class Replica:
     async def _watch_leader(self, followed: LeaderRecord) -> None:
         """The leader that is followed shows its addresses for clients once it has them: for those who ask here."""
         while True:
-            seen = self._coordinator.changes
+            seen = self._nodes.coordinator.changes
             try:
-                view, seen = await self._look()
+                view, seen = await self._nodes.look()
                 shown = view.leader
                 if shown is not None and shown.attempt == followed.attempt and self.leader is not None:
                     self.leader = shown
             except (CoordinatorLost, ConfigurationError):
                 pass
-            await self._coordinator.wait_change(seen)
+            await self._nodes.coordinator.wait_change(seen)
 
     # ---- leading
 
     async def _lead(self, record: LeaderRecord, roster: Mapping[str, str]) -> None:
         store = self._store
         assert store is not None
-        leader = Leader(
+        make_leader = partial(
+            Leader,
             self.config,
             self.name,
-            record.epoch,
-            store,
-            self._ring,
+            ring=self._ring,
             counted=roster,
-            register=self._register,
             run_blocking=self._run_blocking,
+            run_reading=self._run_reading,
             rng=self._rng,
+            scrubber=self._scrubber,
+            asleep=self._asleep,
         )
-        term = Term(record.epoch, store, leader)
-        reason = "the replica has stopped"
-        failure: Exception | None = None
-        self._leading = leader
+        leading = Leadership(
+            self.config,
+            record,
+            store,
+            self._nodes,
+            make_leader=make_leader,
+            shown=lambda shown: replace(shown, replication=self.address, clients=self.clients()),
+            changed=self._leading_changed,
+            run_blocking=self._run_blocking,
+        )
+        self._leading = leading
         self._proposing = False
         self._become(LEADER, record.epoch, record)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(leader.run)
-                nursery.start_soon(self._watch_leadership, record)
-                await self._run_blocking(store.reload)  # a follower writes past what `open` has read
-                first = store.position[1] + 1
-                await term.commit(Batch([store.history_change(record.epoch, first)], (record.epoch, first)))
-                await self._run_blocking(store.reload)
-                self._term = term
-                self._notify()
-                await term.wait_released()
-                reason = "handed over"
-                await self._resign(record, leader)
-                nursery.cancel_scope.cancel()
-        except* LeadershipLost as lost:
-            reason = str(_first(lost))
-        except* (StoreError, OSError) as failed:
-            reason = str(_first(failed))
-            failure = failed
+            await leading.run()
+        except StoreError:
+            # Another one goes first, or a disk that takes no writes would be elected again and again.
+            self._stand_back(min(self.config.handover_timeout * 2 ** min(self._failures, 10), STAND_BACK_MAX))
+            raise
         finally:
+            if leading.resigned:
+                self._stand_back(self.config.handover_timeout)
             self._leading = None
-            term.end(reason)
-            if self._term is term:
-                with trio.CancelScope(shield=True):  # the user releases it as soon as `lost` is set, whatever happens
-                    await term.wait_released()
-                self._term = None
-            log.info("replica %s leads no more (epoch %d): %s", self.name, record.epoch, reason)
             self._become(NONE)
-        if failure is not None or term.doubtful:
-            raise StoreError(reason) from failure
-        await self._run_blocking(store.reload)
 
-    async def _watch_leadership(self, record: LeaderRecord) -> None:
-        """See whether another epoch has begun; show the leader again when its node is gone. ZooKeeper may be away."""
-        while True:
-            seen = self._coordinator.changes
-            self._addresses = trio.Event()
-            try:
-                view, seen = await self._look()
-                if view.epoch > record.epoch:
-                    raise LeadershipLost(f"epoch {view.epoch} has begun", view.epoch)
-                shown = LeaderRecord(record.epoch, record.name, record.attempt, self.address, self.clients())
-                self.leader = shown
-                if view.epoch == record.epoch and not election.is_shown(view, shown, self._coordinator.session):
-                    await self._coordinator.transact(election.show_again(view, shown))
-                    continue
-            except CoordinatorLost:
-                pass
-            except ConfigurationError as error:
-                log.error("replica %s goes on leading, though: %s", self.name, error)
-            await self._wait_change_or(self._addresses, seen)
+    def _stand_back(self, seconds: float) -> None:
+        self._resigned_until = max(self._resigned_until, trio.current_time() + seconds)
 
-    async def _wait_change_or(self, event: trio.Event, seen: int) -> None:
-        """Wait for something new in ZooKeeper, or for an event."""
-        async with trio.open_nursery() as nursery:
-
-            async def wait_event() -> None:
-                await event.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(wait_event)
-            await self._coordinator.wait_change(seen)
-            nursery.cancel_scope.cancel()
-
-    async def _register(self, name: str, incarnation: str) -> bool:
-        """Put a learner on the roster: asked by the leader when the copy is durable up to its position."""
-        while True:
-            try:
-                view, _ = await self._look()
-                if view.roster.get(name) == incarnation:
-                    return view.epoch == self.epoch
-                writes = election.register(view, self.epoch, self.config.replicas, name, incarnation)
-                if writes is None:
-                    return False
-                if await self._coordinator.transact(writes) is Outcome.DONE:
-                    return True
-            except CoordinatorLost:
-                return False
-
-    async def _resign(self, record: LeaderRecord, leader: Leader) -> None:
-        """Rule 12: let the best follower catch up, then take the leader's node away and stand back for a while."""
-        with trio.move_on_after(self.config.handover_timeout):
-            await leader.wait_caught_up()
-        self._resigned_until = trio.current_time() + self.config.handover_timeout
-        with trio.move_on_after(self.config.handover_timeout):
-            try:
-                view, _ = await self._look()
-                writes = election.resign(view, record)
-                if writes:
-                    await self._coordinator.transact(writes)
-            except CoordinatorLost:
-                pass
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first of grouped errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    def _leading_changed(self) -> None:
+        if self._leading is not None:
+            self.leader = self._leading.record
+        self._notify()
 
 
 def check_replica_set(config: ReplicaSetConfig) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import trio
 
 from pybroker.cluster.leader import Leader, LeadershipLost
 from pybroker.store.committer import Batch, Committer
 from pybroker.store.store import Store
+
+log = logging.getLogger("pybroker.replica")
 
 
 class Term:
@@ -43,6 +48,21 @@ class Term:
         except BaseException:
             self.doubtful = True
             raise
+
+    async def fetch(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Whole values for bad ones that were found in the store, as the other copies have them; see `Leader.fetch`."""
+        return await self._leader.fetch(keys)
+
+    async def watch_store(self, interval: float) -> None:
+        """Ask for a hand-over once the store is suspect: but only while a quorum of other copies can do without this one."""
+        while not (self.store.suspect and self._leader.others_hold()):  # noqa: ASYNC110
+            await trio.sleep(interval)
+        log.error("this leader's store is to be compared with another one's, which shall lead: %s", self.store.suspect)
+        self.handover.set()
+
+    @property
+    def released(self) -> bool:
+        return self._released.is_set()
 
     def release(self) -> None:
         """The user does not touch the store any more."""

@@ -52,6 +52,7 @@ class Tracking:
         self._attachments = 0
         self._beats: dict[int, float] = {}
         self._beat = 0
+        self._lease_from: float | None = None  # what the lease is counted from, until that may change
 
     # ---- who is there
 
@@ -65,6 +66,7 @@ class Tracking:
             raise ProtocolError(f"a follower has the leader's own name {copy.name!r}")
         if self._counted.get(copy.name, copy.incarnation) != copy.incarnation:
             del self._counted[copy.name]
+        self._lease_from = None
         before = self._known.get(copy.name)
         same = before is not None and before.copy == copy
         self._attachments += 1
@@ -107,6 +109,7 @@ class Tracking:
     def stop_counting(self, name: str) -> None:
         """Before the name is taken off the roster."""
         self._counted.pop(name, None)
+        self._lease_from = None
 
     def ready_learners(self) -> list[Copy]:
         """Attached copies that don't count yet and hold all that the leader had when they came: to be put on the roster."""
@@ -122,6 +125,7 @@ class Tracking:
         if known is None or known.copy != copy or known.durable < known.threshold:
             return False
         self._counted[copy.name] = copy.incarnation
+        self._lease_from = None
         return True
 
     # ---- batches
@@ -177,18 +181,24 @@ class Tracking:
         sent_at = self._beats.get(number)
         if sent_at is not None:
             known.answered_at = max(known.answered_at, sent_at)
+            self._lease_from = None
 
     def lease_until(self, lease: float) -> float:
         """Until when Q-1 counted followers can't have helped another leader, as far as this one can know.
 
         -inf before they first answered, inf when the leader is a quorum by itself.
         """
+        if self._lease_from is None:
+            self._lease_from = self._count_lease_from()
+        return self._lease_from + lease
+
+    def _count_lease_from(self) -> float:
         if self._others == 0:
             return math.inf
         times = sorted(
             (known.answered_at for known in self._known.values() if self.is_counted(known.copy)), reverse=True
         )
-        return times[self._others - 1] + lease if len(times) >= self._others else -math.inf
+        return times[self._others - 1] if len(times) >= self._others else -math.inf
 
     # ----
 

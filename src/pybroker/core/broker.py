@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits
-from pybroker.core import retiring, transactions
+from pybroker.core import mending, retiring, transactions
 from pybroker.core.consumer import ACK_MODES, AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -101,6 +101,7 @@ class Core:
         self.expired_on_arrival = 0
         self._id_prefix = id_prefix.encode()
         self._last_message = 0
+        self._quiet = False  # nothing is handed out any more
         self._last_id = first_id - 1
         self.dirty: list[Queue] = []  # queues whose descriptor in the store is out of date
         self.by_destination: dict[str, Queue] = {}
@@ -286,8 +287,14 @@ class Core:
             for consumer in connection.consumers:
                 consumer.queue.unlist_consumer(consumer)
 
+    def pause_all(self) -> None:
+        """Hand out nothing more, for good: what is out stays out, and comes back as redelivered where the store goes on."""
+        self._quiet = True
+        for connection in self.connections:
+            self.pause(connection)
+
     def resume(self, connection: Connection) -> None:
-        if connection.paused:
+        if connection.paused and not self._quiet:
             connection.paused = False
             for consumer in list(connection.consumers):
                 consumer.queue.list_consumer(consumer)
@@ -515,6 +522,11 @@ class Core:
     sweep = retiring.sweep
     due_loaded = retiring.due_loaded
 
+    # ---- whole values for bad ones: see mending.py
+
+    mend = mending.mend
+    messages_mended = mending.messages_mended
+
     # ---- memory, spool, pages (called by queues)
 
     def hold(self, entry: Entry) -> None:
@@ -565,13 +577,16 @@ class Core:
         stored: list[StoredEntry],
         transient: list[StoredEntry],
         bound: int | None,
-        corrupt: int,
+        unread: Iterable[int] = (),
+        mended: Iterable[tuple[int, Operation]] = (),
     ) -> None:
-        """Take what was read for a request: all ready messages from its start on and below `bound` (None = to the end)."""
+        """Take what was read for a request: all ready messages from its start on and below `bound` (None = to the end).
+
+        See `Queue.page_loaded` for orders that could not be read, and for operations that mend the store.
+        """
         queue = page.queue
         if queue.queue_id in self.queues:
-            queue.counts.corrupt += corrupt
-            queue.page_loaded(stored, transient, bound)
+            queue.page_loaded(stored, transient, bound, unread, mended)
         self.shared.read_ended()
 
     def confirm(self, token: Any) -> None:

@@ -63,6 +63,8 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
         if entry.stored:
             assert entry.order >= queue.head, (entry, queue.head)
         assert (entry.order & ((1 << 56) - 1)) < queue.next_sequence, entry
+    for order in queue.unread:
+        assert order >= queue.head, (order, queue.head)
     stored = sum(entry.stored for entry in loaded)
     assert stored <= queue.count, (stored, queue.count)
     assert len(loaded) - stored <= queue.transient, (len(loaded), stored, queue.transient)

@@ -26,6 +26,7 @@ from pybroker.operations import (
     PUT_REFERENCE,
     SEQUENCE_BITS,
     SEQUENCE_MASK,
+    Operation,
     QueueRecord,
     StoredEntry,
     order_of,
@@ -38,6 +39,7 @@ QUEUE = "queue"  # /queue/NAME
 SUBSCRIPTION = "subscription"  # a durable subscription to a topic
 BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
 DELETED = "deleted"  # a durable subscription whose messages are being removed
+UNREAD_MAX = 4_096  # orders of unreadable messages that a queue remembers
 HEAD_EVERY = 4_096  # removals after which the lower bound of a queue is worked out anew
 
 
@@ -67,6 +69,7 @@ class Queue:
         "subscription",
         "tail",
         "transient",
+        "unread",
         "window",
     )
 
@@ -93,6 +96,7 @@ class Queue:
         self.outstanding: dict[int, Entry] = {}
         self.consumers: set[Consumer] = set()
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
+        self.unread: set[int] = set()  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
         self.counts = QueueCounts()
 
     @property
@@ -370,8 +374,19 @@ class Queue:
             )
             self.core.read_page(self.page)
 
-    def page_loaded(self, entries: list[StoredEntry], transient: list[StoredEntry], bound: int | None) -> None:
-        """Take what was read: stored entries and spooled ones, each ascending; all there is below `bound` (None = all)."""
+    def page_loaded(
+        self,
+        entries: list[StoredEntry],
+        transient: list[StoredEntry],
+        bound: int | None,
+        unread: Iterable[int] = (),
+        mended: Iterable[tuple[int, Operation]] = (),
+    ) -> None:
+        """Take what was read: stored entries and spooled ones, each ascending; all there is below `bound` (None = all).
+
+        `unread`: orders that could not be read. `mended`: what makes the store whole again that was read with values from
+        elsewhere in the place of bad ones, for the order that each stands in; not carried out for what came or went since.
+        """
         page = self.page
         assert page is not None
         self.page = None
@@ -385,14 +400,19 @@ class Queue:
             return
         if page.floor is not None:
             bound = page.floor if bound is None else min(bound, page.floor)
+        for order, operation in mended:
+            if not self._knows(order, page):
+                self.core.mend(operation)
+        for order in unread:
+            if (bound is None or order < bound) and not self._knows(order, page):
+                self._count_unread(order)
         fresh: dict[int, Entry] = {}
         for stored, found in ((True, entries), (False, transient)):
             for row in found:
                 order = row.order
                 if bound is not None and order >= bound:
                     break
-                known = order in page.removed or order in page.added or order in self.outstanding
-                if not known and order not in self.window:
+                if not self._knows(order, page):
                     fresh[order] = self._from_store(row, stored)
         for order, entry in page.added.items():
             if bound is None or order < bound:
@@ -420,6 +440,30 @@ class Queue:
         else:
             self.dispatch()
 
+    def _knows(self, order: int, page: PageRequest) -> bool:
+        """Whether memory knows better than the page: it has the message, or has seen it go."""
+        known = order in page.removed or order in page.added or order in self.outstanding
+        return known or order in self.window
+
+    def _count_unread(self, order: int) -> None:
+        if order not in self.unread:
+            self.counts.corrupt += 1
+            if len(self.unread) < UNREAD_MAX:
+                self.unread.add(order)
+
+    def read_again(self, order: int) -> None:
+        """What could not be read at `order` is whole now (with what was emitted before): take it up, in its place."""
+        found = {each for each in self.unread if each >= order}
+        self.unread -= found
+        self.counts.corrupt -= len(found)
+        if self.tail is None or order < self.tail:
+            leaving = [entry for entry in self.window if entry.order >= order]
+            self.tail = order
+            for entry in reversed(leaving):
+                self.window.discard(entry.order)
+                self._leave_to_store(entry)
+        self.dispatch()
+
     def empty(self) -> None:
         """Remove everything that is ready, page by page; with kind DELETED the queue itself goes in the end."""
         while self.window:
@@ -430,8 +474,10 @@ class Queue:
             self.core.deleted(self)
 
     def head_at_least(self, start: int) -> None:
-        """Raise the lower bound: nothing stored stands below `start`, the window and the outstanding ones apart."""
+        """Raise the lower bound: nothing stored stands below `start`, the window, outstanding and unread ones apart."""
         head = min(start, self.window.first_order(start), min(self.outstanding, default=start))
+        if self.unread:  # they are to be found again, by the next life or when they are whole
+            head = min(head, min(self.unread))
         if head > self.head:
             self.head = head
             if not self.dirty and self.kind != BACKLOG:

@@ -32,6 +32,10 @@ class SharedBodies:
     def __len__(self) -> int:
         return len(self._bodies)
 
+    def get(self, body_id: object) -> SharedBody | None:
+        """What memory knows of a body; None when the store's count is the true one."""
+        return self._bodies.get(body_id)  # type: ignore[call-overload,no-any-return]
+
     def create(self, body_id: int, references: int) -> SharedBody:
         body = self._bodies[body_id] = SharedBody(body_id, references)
         return body

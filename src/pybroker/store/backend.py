@@ -58,6 +58,10 @@ class Backend(Reader, Protocol):
         """Bytes in use on the disk, or in memory."""
         ...
 
+    def compact(self, start: bytes, stop: bytes) -> None:
+        """Give back the room of what was deleted in a range of keys, piece by piece; ends early when it is closed."""
+        ...
+
     def close(self) -> None:
         """Close it; calls that are under way in other threads end first, later ones raise `StoreError`. Idempotent."""
         ...

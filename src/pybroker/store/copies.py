@@ -34,7 +34,7 @@ from pybroker.store.layout import (
 )
 from pybroker.store.leveldb import LevelDBBackend
 from pybroker.store.memory_copies import MemoryCopies
-from pybroker.store.store import Store
+from pybroker.store.store import Store, write_beginning
 
 __all__ = ["Copies", "DiskCopies", "Identity", "MemoryCopies", "is_behind", "remove_copies"]
 
@@ -61,8 +61,8 @@ class Copies(Protocol):
         """
         ...
 
-    def begin_side(self, store: Store) -> Store:
-        """Close the current copy and open a side copy that holds the same."""
+    def begin_side(self, store: Store, empty: bool = False) -> Store:
+        """Close the current copy and open a side copy that holds the same; or nothing, where it can't be read."""
         ...
 
     def swap(self, side: Store) -> Store:
@@ -169,19 +169,31 @@ class DiskCopies:
 
     # ---- the side copy
 
-    def begin_side(self, store: Store) -> Store:
+    def begin_side(self, store: Store, empty: bool = False) -> Store:
         self._expect(store, side=False)
         try:
             name = current_name(self.data_dir)
             self._close_store()  # nothing changes the files now
             self._remove_all_but(name)
             side = copy_name((copy_number(name) or 0) + 1)
-            self._copy(self.data_dir / name, self.data_dir / side)
+            if empty:
+                self._begin(self.data_dir / side, store)
+            else:
+                self._copy(self.data_dir / name, self.data_dir / side)
             self._store = _open_store(self.data_dir / side, create=False)
             self._side = side
         except OSError as error:
             raise self._translated(error) from error
         return self._store
+
+    def _begin(self, target: Path, store: Store) -> None:
+        """A copy that holds nothing yet, under the identity of `store`."""
+        self._files.make_directory(target)
+        backend = LevelDBBackend(target, create=True)
+        try:
+            write_beginning(backend, store.store_id, store.starts)
+        finally:
+            backend.close()
 
     def _copy(self, source: Path, target: Path) -> None:
         self._files.make_directory(target)

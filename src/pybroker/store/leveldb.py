@@ -45,6 +45,10 @@ OPTIONS: dict[str, Any] = {
     "lru_cache_size": 1024 * 1024,  # uncompressed blocks are read where they are mapped, not cached
     "compression": None,  # a flipped bit then costs one message, not a block; and no processor time
 }
+NOWHERE = b"\0"  # no key is there: compacting it only makes a table of what is in memory
+COMPACT_BYTES = 32 * 1024 * 1024  # on the disk, that are compacted in one go: a close waits for it
+KEY_BYTES = 17  # of the keys of messages; ranges are halved by them
+COMPACT_DEPTH = 8 * KEY_BYTES
 TRIM_WRITES = 32  # writes between two looks at the resident memory
 
 
@@ -66,7 +70,9 @@ class LevelDBBackend:
         self._failed: str | None = None
         self._closed = False
         self._sync = True
+        self._unsynced = False  # something was written that the disk has not been asked for
         self._write_lock = threading.Lock()
+        self._compact_lock = threading.Lock()
         self._registry_lock = threading.RLock()  # a forgotten generator may end, and take it, anywhere
         self._readers: set[_Reader] = set()
         self._writes = 0
@@ -124,7 +130,12 @@ class LevelDBBackend:
                 self._sync = sync
                 prepared = self._fill(batch.changes, sync)
             try:
+                if sync and self._unsynced:
+                    # LevelDB syncs the log that it writes now, and not one that it has just left behind: what is in that one is
+                    # safe when the table made of it is.
+                    self._db.compact_range(start=NOWHERE, stop=NOWHERE)
                 prepared.write()
+                self._unsynced = not sync
             except plyvel.Error as error:
                 failure = _translated(error, self.path)
                 self._failed = str(failure)
@@ -175,6 +186,31 @@ class LevelDBBackend:
                     size += entry.stat().st_size
         return size
 
+    def compact(self, start: bytes, stop: bytes) -> None:
+        self._compact_piece(NOWHERE, NOWHERE)  # what is in memory goes into a table first
+        for first, last in self._pieces(start, stop, 0):
+            self._compact_piece(first, last)
+
+    def _compact_piece(self, start: bytes, stop: bytes) -> None:
+        with self._compact_lock:  # `close` comes in between two pieces
+            if not self._closed and self._failed is None:
+                self._db.compact_range(start=start, stop=stop)
+
+    def _pieces(self, start: bytes, stop: bytes, depth: int) -> Iterator[tuple[bytes, bytes]]:
+        """Parts of a range with little on the disk in each."""
+        with self._compact_lock:
+            if self._closed:
+                return
+            size = self._db.approximate_size(start, stop)
+        if size <= COMPACT_BYTES or depth == COMPACT_DEPTH:
+            if size:
+                yield start, stop
+            return
+        low, high = (int.from_bytes(key.ljust(KEY_BYTES, b"\0")[:KEY_BYTES], "big") for key in (start, stop))
+        middle = ((low + high) // 2).to_bytes(KEY_BYTES, "big")
+        yield from self._pieces(start, middle, depth + 1)
+        yield from self._pieces(middle, stop, depth + 1)
+
     def count_unverified(self) -> None:
         with self._registry_lock:
             self.unverified_reads += 1
@@ -185,7 +221,7 @@ class LevelDBBackend:
             readers = list(self._readers)
         for reader in readers:
             reader.close()
-        with self._write_lock:
+        with self._write_lock, self._compact_lock:
             self._close_database()
 
     def _close_database(self) -> None:

@@ -86,6 +86,9 @@ class MemoryBackend:
     def approximate_size(self) -> int:
         return self._bytes + KEY_OVERHEAD * len(self._data)
 
+    def compact(self, start: bytes, stop: bytes) -> None:
+        """Nothing is kept of what was deleted."""
+
     def close(self) -> None:
         """Forgets everything."""
         self._closed = True

@@ -15,7 +15,7 @@ from pybroker.store.backend import Backend, Change, Entry, Reader
 from pybroker.store.chunks import FIRST, STOP
 from pybroker.store.layout import Identity
 from pybroker.store.memory import MemoryBackend
-from pybroker.store.store import Store
+from pybroker.store.store import Store, write_beginning
 
 
 class MemoryCopies:
@@ -70,11 +70,14 @@ class MemoryCopies:
         if store is not self._store or (self.side is not None) is not side:
             raise StoreError(f"that store is not the {'side copy' if side else 'current copy'} that is open")
 
-    def begin_side(self, store: Store) -> Store:
+    def begin_side(self, store: Store, empty: bool = False) -> Store:
         self._expect(store, side=False)
         self._close_store()
         self.side = self._new_backend()
-        self.side.write(self.side.new_batch(list(self.backend.iterate(FIRST, STOP))), True)
+        if empty:
+            write_beginning(self.side, store.store_id, store.starts)
+        else:
+            self.side.write(self.side.new_batch(list(self.backend.iterate(FIRST, STOP))), True)
         return self._open(self.side)
 
     def swap(self, side: Store) -> Store:
@@ -135,6 +138,9 @@ class _Handle:
 
     def approximate_size(self) -> int:
         return self._open().approximate_size()
+
+    def compact(self, start: bytes, stop: bytes) -> None:
+        self._open().compact(start, stop)
 
     def close(self) -> None:
         self._closed = True

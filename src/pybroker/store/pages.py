@@ -6,7 +6,8 @@ snapshot, so that a body deleted meanwhile is not taken for a missing one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from pybroker.errors import CorruptRecord, StoreDamaged
 from pybroker.message import Message
@@ -26,6 +27,7 @@ from pybroker.store.format import (
 )
 from pybroker.store.ranges import iterate_whole
 
+KEY_BYTES = 17  # of a message's key
 DELIVERIES_UNKNOWN = 1  # what a message counts as whose delivery record is bad: it is marked as redelivered
 
 
@@ -35,6 +37,10 @@ class Page:
 
     entries     whole messages
     corrupt     what was passed over: it stays in the store for inspection
+    unread      orders of messages that were passed over; where LevelDB can't read, the first that may be missing
+    bad         ``(order, key)``: the message of that order needs a whole value under that key (of the message itself, of what it
+                shares with others, or of its delivery count, which alone does not keep it from `entries`)
+    unreadable  why some place can't be read at all, "" where there is none: nobody knows which keys are there
     next_order  where the next page starts; None when the queue's range ended. When a limit ended the page this is the
                 place after its last entry, and nobody looked whether there is anything
     """
@@ -42,6 +48,27 @@ class Page:
     entries: list[StoredEntry]
     corrupt: list[CorruptRecord]
     next_order: int | None
+    unread: list[int] = field(default_factory=list)
+    bad: list[tuple[int, bytes]] = field(default_factory=list)
+    unreadable: str = ""
+
+
+class Patched:
+    """A `Reader` in which some values are others than in the one below it: those that were fetched for bad ones."""
+
+    def __init__(self, reader: Reader, values: Mapping[bytes, bytes]) -> None:
+        self._reader = reader
+        self._values = values
+
+    def get(self, key: bytes) -> bytes | None:
+        value = self._values.get(key)
+        return self._reader.get(key) if value is None else value
+
+    def iterate(self, start: bytes, stop: bytes) -> Iterator[Entry]:
+        """Keys that are missing below stay missing."""
+        values = self._values
+        for key, value in self._reader.iterate(start, stop):
+            yield key, values.get(key, value)
 
 
 def read_page(reader: Reader, queue_id: int, start_order: int, count_max: int, bytes_max: int) -> Page:
@@ -52,11 +79,19 @@ def read_page(reader: Reader, queue_id: int, start_order: int, count_max: int, b
     """
     entries: list[StoredEntry] = []
     corrupt: list[CorruptRecord] = []
+    unread: list[int] = []
+    bad: list[tuple[int, bytes]] = []
+    unreadable: list[str] = []
     size = 0
-    counts = _DeliveryCounts(reader, queue_id, start_order, corrupt)
+    counts = _DeliveryCounts(reader, queue_id, start_order, corrupt, bad, unreadable)
 
     def passed_over(start: bytes, behind: bytes, error: StoreDamaged) -> None:
         corrupt.append(CorruptRecord(start, f"from here to {behind.hex()}: {error}"))
+        unread.append(int.from_bytes(start[9:17], "big") + (len(start) > KEY_BYTES))
+        unreadable.append(str(error))
+
+    def page(next_order: int | None) -> Page:
+        return Page(entries, corrupt, next_order, unread, bad, "; ".join(unreadable[:1]))
 
     start, stop = message_key(queue_id, start_order), message_key(queue_id, FENCE_ORDER)
     for key, value in iterate_whole(reader, start, stop, passed_over):
@@ -70,23 +105,35 @@ def read_page(reader: Reader, queue_id: int, start_order: int, count_max: int, b
                 message = decode_message(key, value, order)
         except CorruptRecord as error:
             corrupt.append(error)
+            unread.append(order)
+            bad.append((order, error.key))
             continue
         size += len(message.header_block) + len(message.body)
         if size > bytes_max and entries:
-            return Page(entries, corrupt, order)
+            return page(order)
         entries.append(StoredEntry(order, message, counts.of(order), body_id, references))
         if len(entries) >= count_max:
-            return Page(entries, corrupt, order + 1)
-    return Page(entries, corrupt, None)
+            return page(order + 1)
+    return page(None)
 
 
 class _DeliveryCounts:
     """The delivery records beside a page, read in step with it."""
 
-    def __init__(self, reader: Reader, queue_id: int, start_order: int, corrupt: list[CorruptRecord]) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        queue_id: int,
+        start_order: int,
+        corrupt: list[CorruptRecord],
+        bad: list[tuple[int, bytes]],
+        unreadable: list[str],
+    ) -> None:
         stop = deliveries_key(queue_id, FENCE_ORDER)
         self._entries = reader.iterate(deliveries_key(queue_id, start_order), stop)
         self._corrupt = corrupt
+        self._bad = bad
+        self._unreadable = unreadable
         self._order = -1  # of the record that was read last
         self._value: Entry | None = None
 
@@ -101,8 +148,10 @@ class _DeliveryCounts:
             return decode_number(*self._value)
         except CorruptRecord as error:
             self._corrupt.append(error)
+            self._bad.append((order, error.key))
         except StoreDamaged as error:
             self._corrupt.append(CorruptRecord(b"", f"delivery records can't be read: {error}"))
+            self._unreadable.append(str(error))
             self._order = FENCE_ORDER
             self._value = None
         return DELIVERIES_UNKNOWN

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pybroker.errors import CorruptRecord, StoreDamaged, StoreFormatError
@@ -23,6 +24,7 @@ from pybroker.operations import (
     PUT_MESSAGE,
     PUT_QUEUE,
     PUT_REFERENCE,
+    PUT_VALUE,
     SET_REFERENCES,
     DueEntry,
     QueueRecord,
@@ -30,8 +32,9 @@ from pybroker.operations import (
 from pybroker.store import format as fmt
 from pybroker.store.backend import Backend, Change
 from pybroker.store.due import NEVER, DueReader
-from pybroker.store.pages import Page, read_page
+from pybroker.store.pages import Page, Patched, read_page
 
+NOTHING_MENDED: Mapping[bytes, bytes] = MappingProxyType({})
 BODY_IDS_RESERVED = 1 << 16  # body ids that one write of IDS covers
 
 
@@ -48,6 +51,9 @@ class Store:
     next_body_id    the very batch that uses it, so that both are on the disk or neither. (Body ids are reserved in
                     blocks: the bound may be above what was used.) Both are kept up while operations are encoded, and
                     when batches that others encoded are prepared
+    suspect         why this copy can't be trusted key by key any more ("" = it can): what is wrong with it may have no key.
+                    A replica compares such a copy with its leader's
+    unreadable      ... and LevelDB can't even read all of it
     """
 
     def __init__(self, backend: Backend, store_id: str, starts: int) -> None:
@@ -59,6 +65,8 @@ class Store:
         self.records: list[QueueRecord] = []
         self.next_queue_id = 1
         self.next_body_id = 1
+        self.suspect = ""
+        self.unreadable = False
         self._fenced: set[int] = set()  # queues whose fences are in the store, or in a batch under way
         self._due = DueReader()
         self.reload()
@@ -123,6 +131,19 @@ class Store:
         self.history = _with_beginning(history)
         self._fenced = {record.queue_id for record in records}
         self._due.reset()
+
+    def distrust(self, reason: str, unreadable: bool = False) -> None:
+        """Note that this copy is not what it should be, in a way that no single key can mend."""
+        self.suspect = self.suspect or reason
+        self.unreadable = self.unreadable or unreadable
+
+    def look_for_damage(self) -> None:
+        """Distrust the copy if a block's checksum was wrong in what was read.
+
+        Whatever became of the values in it, LevelDB will refuse all writes from when it comes to rewrite that table.
+        """
+        if getattr(self.backend, "unverified_reads", 0):
+            self.distrust("the checksum of a block in one of its files is wrong", unreadable=True)
 
     # ---- history
 
@@ -192,6 +213,8 @@ class Store:
                 add((fmt.references_key(operation[1]), None))
             elif tag == DELETE_QUEUE:
                 self._delete_queue(add, operation[1])
+            elif tag == PUT_VALUE:
+                add((operation[1], operation[2]))
             else:
                 raise ValueError(f"operation {tag!r} is not known")
         return changes
@@ -265,7 +288,13 @@ class Store:
         """
         assert isinstance(prepared, tuple)
         batch, expires, position, history = prepared
-        self.backend.write(batch, sync)
+        try:
+            self.backend.write(batch, sync)
+        except (
+            StoreDamaged
+        ) as error:  # LevelDB can't rewrite a table that has a bad block, and will try again each time
+            self.distrust(str(error), unreadable=True)
+            raise
         if history:
             known = dict(self.history) | dict(history)
             self.history = _with_beginning([(epoch, lsn) for epoch, lsn in known.items() if lsn is not None])
@@ -281,12 +310,47 @@ class Store:
         """
         self.write(self.prepare(changes, position), sync)
 
+    def mend(self, key: bytes, found: bytes, value: bytes, known_at: int) -> bool:
+        """Put a whole value in the place of the bad one, if that is still there; whether it was. Blocking, synced; a write.
+
+        `found` is the bad value, and `value` what another copy had there at batch number `known_at`, which must not be below the
+        position at which the bad one was found. So a batch that this store has beyond `known_at` can't have touched the key:
+        the bad value would be gone. The position stays. Raises what `write` raises.
+        """
+        if not self.still_holds(key, found, known_at):
+            return False
+        self.backend.write(self.backend.new_batch([(key, value)]), True)
+        return True
+
+    def mend_own(self, key: bytes, found: bytes) -> bool:
+        """The same for META and POSITION, which are this copy's own, and known in memory. Blocking, synced; a write."""
+        if key == fmt.META_KEY:
+            value = fmt.encode_meta(bytes.fromhex(self.store_id), self.starts)
+        else:
+            value = fmt.encode_pair(fmt.POSITION_KEY, *self.position)
+        return self.mend(key, found, value, self.position[1])
+
+    def still_holds(self, key: bytes, found: bytes, known_at: int) -> bool:
+        """Whether this store is at batch `known_at` or beyond, and has that value. Blocking; to be asked where writes are done."""
+        return self.position[1] >= known_at and self.backend.get(key) == found
+
     # ---- reading
 
-    def read_page(self, queue_id: int, start_order: int, count_max: int, bytes_max: int) -> Page:
-        """A page of a queue; see `pages.read_page`. Blocking."""
+    def read_page(
+        self,
+        queue_id: int,
+        start_order: int,
+        count_max: int,
+        bytes_max: int,
+        mended: Mapping[bytes, bytes] = NOTHING_MENDED,
+    ) -> Page:
+        """A page of a queue; see `pages.read_page`. `mended` values go before those of the store. Blocking."""
         with self.backend.snapshot() as reader:
-            return read_page(reader, queue_id, start_order, count_max, bytes_max)
+            page = read_page(Patched(reader, mended) if mended else reader, queue_id, start_order, count_max, bytes_max)
+        if page.unreadable:
+            self.distrust(page.unreadable, unreadable=True)
+        self.look_for_damage()
+        return page
 
     def read_due(self, now_ms: int, count_max: int, after: tuple[int, int, int] | None = None) -> list[DueEntry]:
         """Up to `count_max` rows of the expiry index with ``expires <= now_ms``, in time order. Blocking.
@@ -296,7 +360,11 @@ class Store:
         A row stays until the message's DELETE_MESSAGE is written. Bad rows, and those of bad messages, are passed over;
         `corrupt_due` counts them.
         """
-        return self._due.read(self.backend, now_ms, count_max, after)
+        try:
+            return self._due.read(self.backend, now_ms, count_max, after)
+        except StoreDamaged as error:
+            self.distrust(str(error), unreadable=True)
+            raise
 
     @property
     def corrupt_due(self) -> int:
@@ -306,6 +374,15 @@ class Store:
     def close(self) -> None:
         """Close the backend. Blocking."""
         self.backend.close()
+
+
+def write_beginning(backend: Backend, store_id: str, starts: int) -> None:
+    """Make an empty backend a store without content under an identity that is there already. Blocking, synced."""
+    changes = [
+        (fmt.META_KEY, fmt.encode_meta(bytes.fromhex(store_id), starts)),
+        (fmt.IDS_KEY, fmt.encode_pair(fmt.IDS_KEY, 1, 1)),
+    ]
+    backend.write(backend.new_batch(changes), True)
 
 
 def fences(queue_id: int) -> tuple[bytes, bytes]:
