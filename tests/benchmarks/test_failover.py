@@ -1,10 +1,11 @@
-"""The failover figures without a set: gaps from the producer's notes, steps from what members print and log, the producer itself."""
+"""The failover figures without a set: gaps by the producer's notes, steps by what members print and log, the producer itself."""
 
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,9 @@ from typing import Any
 import pytest
 from benchmarks.failover import Event, Load, breakdown, longest_gap, producing, rows, run, trace
 from benchmarks.load_failover import CONFIRMED, CONNECTED, LOST, RECORD
-from benchmarks.processes import TRIAL, ServerFailed, serving
+from benchmarks.processes import ROOT, TRIAL, ServerFailed, serving
 from benchmarks.replicas import STAMP, Member, Members, number_of, set_arguments
 from benchmarks.settings import NotMeasurable
-
 from tests.support import zookeeper
 
 
@@ -113,7 +113,9 @@ def test_waiting_tells_the_last_words_of_a_member_that_ended(members):
     a = members.members[0]
     a.log.write_text("the disk is on fire\n")
     a._may_end = False  # and it does not run
-    with pytest.raises(ServerFailed, match=r"(?s)replica a ended, waiting for: a leader above epoch 0.*disk is on fire"):
+    with pytest.raises(
+        ServerFailed, match=r"(?s)replica a ended, waiting for: a leader above epoch 0.*disk is on fire"
+    ):
         members.wait_leader()
 
 
@@ -131,7 +133,7 @@ def test_log_lines_carry_the_clock_of_the_receipts(members):
 
 
 def test_steps_are_those_of_the_member_that_leads_next(members, tmp_path, monkeypatch):
-    a, b, c = members
+    _, b, c = members
     said = {
         "a": [(9.9, "replica a of set s: leader (epoch 1)"), (10.3, "replica a of set s: follower (epoch 2)")],
         "b": [
@@ -237,30 +239,34 @@ def wait_for(found: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def trial(data: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The trial at that port, which may be killed meanwhile."""
+    command = [*TRIAL.command, "--data", str(data), "--listen", f"stomp://127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_producer_finds_the_server_that_answers_and_finds_it_again(tmp_path):
-    """Two addresses where nobody is, and one server that is killed; another one then comes at the second address."""
-    port = zookeeper.free_ports(1)[0]
-    with serving(TRIAL, tmp_path / "one") as first:
-        urls = ["stomp://127.0.0.1:1", f"stomp://127.0.0.1:{port}", first.url]
-        with producing(urls, tmp_path / "times", interval=0.001) as load:
-            wait_for(lambda: len(load.receipts(0.0)) > 20)
-            first.process.kill()
-            first.process.wait()
-            wait_for(lambda: load.first(LOST, 0.0))
-            lost = load.first(LOST, 0.0)
-            assert lost is not None
-            command = [*TRIAL.command, "--data", str(tmp_path / "two"), "--listen", f"stomp://127.0.0.1:{port}"]
-            second = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2])
-            try:
-                wait_for(lambda: len(load.receipts(lost)) > 20)
-            finally:
-                second.terminate()
-                second.wait(20)
-            records = load.records(0.0)
-            assert records[0][1] == CONNECTED
-            assert [what for _, what in records].count(CONNECTED) >= 2
-            assert records == sorted(records, key=lambda record: record[0])
-        first._wait = lambda: 0  # type: ignore[method-assign]  # it was killed on purpose
+    """Three addresses, one of them served; then another one, when that server has been killed."""
+    nobody, *ports = zookeeper.free_ports(3)
+    urls = [f"stomp://127.0.0.1:{port}" for port in (nobody, *ports)]
+    with producing(urls, tmp_path / "times", interval=0.001) as load:
+        lost = 0.0
+        for number, port in enumerate(ports):
+            with trial(tmp_path / str(number), port):
+                wait_for(lambda since=lost: len(load.receipts(since)) > 20)
+                killed = time.monotonic()
+            wait_for(lambda since=killed: load.first(LOST, since))
+            lost = time.monotonic()
+    records = load.records(0.0)
+    assert records[0][1] == CONNECTED
+    assert [what for _, what in records if what != CONFIRMED] == [CONNECTED, LOST] * 2
+    assert records == sorted(records, key=lambda record: record[0])
 
 
 def test_the_producer_gives_up_a_server_that_falls_silent(tmp_path):

@@ -16,7 +16,7 @@ from benchmarks.wire import (
     body,
     chunk_cycle,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import bare
@@ -38,6 +38,7 @@ def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     return [data[first:last] for first, last in itertools.pairwise(places)]
 
 
+@settings(deadline=None)  # how long it takes is the machine's matter
 @given(
     counts=st.integers(0, 12),
     ends=st.lists(st.sampled_from([b"", b"\n", b"\r\n", b"\n\n\n"]), min_size=12, max_size=12),
@@ -56,6 +57,7 @@ def test_scanner_finds_every_frame_wherever_the_bytes_are_cut(counts, ends, cuts
     assert scanner.frame_count == expected.received == counts
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 1 << 20), max_size=20))
 def test_scanner_agrees_with_the_prebuilt_chunks(cuts):
     chunk = chunk_cycle("/queue/x", SIZE, True, True)[1]

@@ -24,6 +24,7 @@ from tests.cluster.replicas import Wire, _Way, put, until
 from tests.store.forgetful import ForgetfulBackend
 
 CONFIG = ReplicaSetConfig(name="set", zookeeper="none", secret="between us")
+VIRTUAL_MAX = 5_000  # seconds that a test may take: on a virtual clock it would not end by itself
 DELAY = 0.002  # seconds for a piece of bytes, and for each way to ZooKeeper
 
 
@@ -222,9 +223,12 @@ class Cluster:
 @asynccontextmanager
 async def running(names: str = "abc", **options: Any) -> AsyncIterator[Cluster]:
     async with trio.open_nursery() as nursery:
+        nursery.cancel_scope.deadline = trio.current_time() + VIRTUAL_MAX
         cluster = Cluster(nursery, replace(CONFIG, **options))
         await nursery.start(cluster.zookeeper.run)
         for name in names:
             cluster.add(name)
         yield cluster
         nursery.cancel_scope.cancel()
+        return
+    raise AssertionError(f"the test has not ended after {VIRTUAL_MAX} virtual seconds")

@@ -70,7 +70,8 @@ async def test_the_one_whose_place_is_gone_ends_with_a_clear_error_and_no_other_
         # Nor does it come back when it is started again, even into a place that nobody has taken yet.
         await leader.replica.replace("d", "e")
         gone.start()
-        await gone.stopped.wait()
+        with trio.fail_after(5):
+            await gone.stopped.wait()
         assert set(cluster.view.roster) == {leader.name, other.name, "e"}
 
 
@@ -191,7 +192,8 @@ async def test_without_a_leader_whoever_is_asked_does_it(autojump_clock: trio.ab
         assert "f" in cluster.view.roster
         assert dead[0].name not in cluster.view.roster
         dead[0].start()
-        await dead[0].stopped.wait()
+        with trio.fail_after(5):
+            await dead[0].stopped.wait()
         assert isinstance(dead[0].error, ConfigurationError)
         dead[1].start()
         new = await cluster.wait_leader()
@@ -215,7 +217,8 @@ async def test_a_leader_learns_of_a_roster_that_another_has_changed(autojump_clo
         outside.start()  # it finds no leader in ZooKeeper
         await until(lambda: outside.replica.role == CANDIDATE, 5.0)
         await outside.replica.replace(gone.name, "d")
-        await outside.stopped.wait()
+        with trio.fail_after(5):
+            await outside.stopped.wait()
         assert isinstance(outside.error, ConfigurationError)
         cluster.zookeeper.heal(leader.coordinator)
         await until(lambda: cluster.view.leader is not None, 5.0)

@@ -110,8 +110,9 @@ async def test_a_member_whose_disk_takes_no_writes_does_not_keep_the_others_from
         with pytest.raises((StoreError, LeadershipLost)):
             await leader.commit(2)
         new = await cluster.wait_leader(1.0)
-        epoch = cluster.view.epoch
+        epoch, starts = cluster.view.epoch, broken.copies.identity.starts
         await trio.sleep(60)
+        assert broken.copies.identity.starts - starts < 20  # it opens its store again less and less often
         for number in range(3, 10):
             await new.commit(number)
         assert cluster.view.epoch == epoch
@@ -152,11 +153,12 @@ async def test_a_user_that_does_not_let_go_of_the_store_is_complained_about_unti
             new = await cluster.wait_leader(1.0)  # the others need not wait
             assert new is not leader
             await trio.sleep(3.5 * REMINDER)
+        held = leader.copies._store is not None
+        let_go.set()
         told = [record.getMessage() for record in caplog.records if "has not let go of it" in record.getMessage()]
         assert len(told) == 3
         assert f"for {3 * REMINDER:.0f} s" in told[-1]
-        assert leader.copies._store is not None  # nobody closes what it may be using
-        let_go.set()
+        assert held  # nobody closes what it may be using
         await until(lambda: leader.replica.role == FOLLOWER, 5.0)
 
 

@@ -68,6 +68,17 @@ async def test_a_killed_leader_is_replaced_in_a_twentieth_of_a_second(
         assert await leader_after(cluster, 0.05) is not leader
 
 
+async def test_a_failover_takes_four_transactions(autojump_clock: trio.abc.Clock) -> None:
+    """Two that stand, one election, one that gives its slot up; no slot is written twice for one that was elected already."""
+    async with running() as cluster:
+        leader = await cluster.settle()
+        await trio.sleep(1)
+        before = cluster.zookeeper.applied
+        await leader.crash()
+        await soon(lambda: len(cluster.leaders) == len(cluster.followers) == 1, 1.0)
+        assert cluster.zookeeper.applied - before == 4
+
+
 async def test_one_of_two_that_are_left_is_replaced_when_the_third_comes_back(autojump_clock: trio.abc.Clock) -> None:
     async with running() as cluster:
         slow_zookeeper(cluster, 0.002)
@@ -130,5 +141,6 @@ async def test_a_leader_that_was_elected_and_never_speaks_holds_nobody_up(autoju
         cluster.network.silent.add(others[0])  # the best of those who are left: all else being equal, the first name
         await leader.crash()
         await soon(lambda: cluster.view.leader is not None and cluster.view.leader.name == others[0], 0.1)
+        await trio.sleep(0.02)  # the others are connected, and wait for its first word
         await cluster.members[others[0]].crash()
         assert (await leader_after(cluster, 0.5)).name not in (others[0], leader.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from pybroker.errors import StoreError
 from pybroker.store import format as fmt
@@ -133,12 +134,14 @@ class Disk:
         rng: random.Random,
         count: Callable[[str], None],
         watch: Callable[[str, tuple[int, int], int], None],
+        bits_flip: Callable[[], bool],
     ) -> None:
         self.set_name = set_name
         self.name = name
         self.rng = rng
         self.count = count
         self.watch = watch
+        self.bits_flip = bits_flip  # whether any bit was flipped in this run
         self.seconds = 0.001  # of a call
         self.slow = 0.0  # chance of a call that takes up to `slow_seconds`
         self.slow_seconds = 0.5
@@ -162,8 +165,15 @@ class Disk:
     def written(self, backend: SimBackend) -> None:
         """A write was done: a side copy's is nobody's business before it is swapped in."""
         copies = self.copies
-        if copies is not None and copies.backend is backend and not backend.damaged:
+        if copies is not None and copies.backend is backend and not self.is_damaged(backend):
             self.watch(self.name, backend.position, backend.fingerprint & MASK)
+
+    def is_damaged(self, backend: SimBackend) -> bool:
+        """Whether it holds bad values: its own, or what it was sent of another damaged copy."""
+        if self.bits_flip():
+            entries = backend._inner.iterate(b"\0", bytes((fmt.END,)))
+            backend.damaged = any(crc32(value, crc32(key)) != fmt.RESIDUE for key, value in entries)
+        return backend.damaged
 
     def reread(self, backend: SimBackend) -> SimBackend:
         kept = len(backend.unsynced)

@@ -40,7 +40,7 @@ WEIGHTS = {
     "failing_write": 1.0,
     "full_disk": 0.7,
     "slow_disk": 1.0,
-    "flip_bit": 0.0,
+    "flip_bit": 0.4,
     "hand_over": 0.7,
     "stop": 0.7,
     "clock": 0.7,

@@ -145,7 +145,14 @@ class Member:
         self.name = name
         self.config = sim.set_config(name)
         self.rng = random.Random(f"{sim.seed} member {name}")
-        self.disk = Disk(self.config.name, name, self.rng, sim.count, sim.positions.stored)
+        self.disk = Disk(
+            self.config.name,
+            name,
+            self.rng,
+            sim.count,
+            sim.positions.stored,
+            lambda: sim.counts["bits flipped on a disk"] > 0,
+        )
         self.clock_ms = 0
         self.life: Life | None = None
         self.lives = 0

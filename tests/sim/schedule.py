@@ -23,6 +23,7 @@ _NO_SEND = scheduler._NO_SEND
 
 DEADLOCK_WAITS = 100
 STEPS_MAX = 20_000  # steps of tasks without time going by
+ALL_STEPS_MAX = 400_000  # ... of a whole run: a usual one has some 20,000
 
 
 class Deadlock(Exception):
@@ -30,7 +31,7 @@ class Deadlock(Exception):
 
 
 class Runaway(Exception):
-    """Tasks go on and on, and no time goes by."""
+    """Tasks go on and on though the run was told to end."""
 
 
 class _Dice(random.Random):
@@ -38,6 +39,9 @@ class _Dice(random.Random):
 
     clock: JumpingClock
     steps = 0
+    all_steps = 0
+    ending = False
+    runs_away: Callable[[str], None]
     since = 0.0
 
     def shuffle(self, batch: Any) -> None:
@@ -45,8 +49,13 @@ class _Dice(random.Random):
             self.since = self.clock.now
             self.steps = 0
         self.steps += 1
-        if self.steps > STEPS_MAX:
-            raise Runaway(f"at {self.since:.4f}: {batch}")
+        self.all_steps += 1
+        if self.steps > STEPS_MAX or self.all_steps > ALL_STEPS_MAX:
+            if self.ending:
+                raise Runaway(f"at {self.since:.4f}: {batch}")
+            self.ending = True
+            self.steps = self.all_steps = 0
+            self.runs_away(f"tasks go on and on, at last at {self.since:.4f}: {[task.name for task in batch]}")
         super().shuffle(batch)
 
 
@@ -126,9 +135,13 @@ def _reschedule(self: Any, task: Any, next_send: Any = _NO_SEND) -> None:
         process._held.append(task)
 
 
-def run(seed: str, main: Callable[[], Awaitable[Any]]) -> Any:
-    """Run to the end on virtual time, which begins at 0 and jumps whenever nothing can go on."""
+def run(seed: str, main: Callable[[], Awaitable[Any]], runs_away: Callable[[str], None]) -> Any:
+    """Run to the end on virtual time, which begins at 0 and jumps whenever nothing can go on.
+
+    `runs_away` is told when it does not come to an end, and must end it.
+    """
     dice = _Dice(seed)
+    dice.runs_away = runs_away
     dice.clock = JumpingClock()
     ids = random.Random(f"ids {seed}")
     with (

@@ -148,7 +148,7 @@ class Simulation:
         log.addHandler(handler)
         try:
             with watched():
-                seconds = schedule.run(self.seed, self._main)
+                seconds = schedule.run(self.seed, self._main, self.findings.add)
         finally:
             log.removeHandler(handler)
             log.setLevel(before[0])
@@ -316,7 +316,7 @@ class Simulation:
                 identity is None
                 or identity.incarnation == member.disk.lost
                 or roster.get(member.name) != identity.incarnation
-                or backend.damaged
+                or member.disk.is_damaged(backend)
             ):
                 return False
         return True

@@ -31,7 +31,7 @@ REMINDER = 10.0  # seconds between two complaints about a user that does not rel
 
 
 class Leadership:
-    """`run` is its life. `given`: the term is its user's.
+    """`run` is its life. `given`: the term is there for its user; `taken`: its user has it, and must release it.
 
     record        how the leader is shown; `shown` is asked for its present form, with the addresses for clients
     make_leader   makes the leader, given what puts a copy on the roster
@@ -54,6 +54,7 @@ class Leadership:
         self.leader = make_leader(epoch=record.epoch, store=store, register=self._register)
         self.term = Term(record.epoch, store, self.leader)
         self.given = False
+        self.taken = False
         self.resigned = False
         self._config = config
         self._store = store
@@ -100,7 +101,7 @@ class Leadership:
             reason = str(failure)
         finally:
             term.end(reason)
-            if self.given:
+            if self.taken:
                 with trio.CancelScope(shield=True):  # the user releases it as soon as `lost` is set, whatever happens
                     await self._wait_released()
             log.info("replica %s leads no more (epoch %d): %s", record.name, record.epoch, reason)

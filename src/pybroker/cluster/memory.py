@@ -151,6 +151,8 @@ class MemoryZooKeeper:
         client._sends = client._hears = True
         if client.connected and client.session in self._sessions:
             self._stop_timer(client.session)
+            if client._is_notice_late:
+                self._later(self.delay(), partial(client._hear_watch, client._connection))
             return
         client._lose()
         self._later(self.delay(), client._connect)
@@ -314,6 +316,7 @@ class MemoryCoordinator:
         self._connection = 0  # counts connections: what belongs to an earlier one is not heard
         self._requests: dict[_Request, None] = {}  # in order
         self._is_watching = False
+        self._is_notice_late = False  # a notification did not get through: it comes when the way is healed, as over TCP
         self._changes = 0
         self._changed = trio.Event()
 
@@ -475,8 +478,10 @@ class MemoryCoordinator:
             self._service._later(self._service.delay(), partial(self._hear_watch, connection))
 
     def _hear_watch(self, connection: int) -> None:
-        if self._hears and connection == self._connection and self._is_connected:
-            self._bump()
+        if connection == self._connection and self._is_connected:
+            self._is_notice_late = not self._hears
+            if self._hears:
+                self._bump()
 
     def _bump(self) -> None:
         self._changes += 1

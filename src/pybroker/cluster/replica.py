@@ -42,7 +42,7 @@ log = logging.getLogger("pybroker.replica")
 
 GREETING = 0.2  # seconds for which a replica that could stand for election waits for a leader's first word
 REOPEN_DELAY_MAX = 10.0  # seconds between two tries to open a store that has failed
-STAND_BACK_MAX = 60.0  # seconds for which a leader whose store failed, again and again, lets others go first
+FAILURES_APART = 60.0  # seconds between two failures of a store from which on the second counts as the first
 STANDING_BACK = 1 << 32  # less weight for one that lets others go first
 
 NONE, CANDIDATE, JOINING, FOLLOWER, LEADER = "none", "candidate", "joining", "follower", "leader"
@@ -97,7 +97,7 @@ class Replica:
         self._unreachable: dict[str, float] = {}  # attempt of a leader that did not answer -> until when it isn't tried
         self._resigned_until = 0.0  # others may go first until then
         self._failures = 0  # of the store, one soon after the other
-        self._failed_at = -STAND_BACK_MAX
+        self._failed_at = -FAILURES_APART
         self._first = True  # this life has not written its slot yet
         self._proposing = False  # an election that this replica tries is under way
 
@@ -110,6 +110,7 @@ class Replica:
             if leading is not None and leading.given:
                 term = leading.term
                 if not term.lost.is_set() and not term.released:
+                    leading.taken = True
                     return term
             await self._changed.wait()
 
@@ -270,8 +271,9 @@ class Replica:
     async def _reopen(self, failure: Exception) -> None:
         log.error("replica %s: its store failed and is opened again: %s", self.name, failure)
         now = trio.current_time()
-        self._failures = 1 + (self._failures if now - self._failed_at < STAND_BACK_MAX else 0)
+        self._failures = 1 + (self._failures if now - self._failed_at < FAILURES_APART else 0)
         self._failed_at = now
+        # Meanwhile the others elect one of them, if they can: a disk that takes no writes is not elected again and again.
         delay = min(self.config.retry_interval * 2 ** min(self._failures - 1, 10), REOPEN_DELAY_MAX)
         self._become(NONE)
         damaged = isinstance(failure, StoreDamaged) or (self._store is not None and self._store.unreadable)
@@ -546,18 +548,11 @@ class Replica:
         self._become(LEADER, record.epoch, record)
         try:
             await leading.run()
-        except StoreError:
-            # Another one goes first, or a disk that takes no writes would be elected again and again.
-            self._stand_back(min(self.config.handover_timeout * 2 ** min(self._failures, 10), STAND_BACK_MAX))
-            raise
         finally:
             if leading.resigned:
-                self._stand_back(self.config.handover_timeout)
+                self._resigned_until = trio.current_time() + self.config.handover_timeout
             self._leading = None
             self._become(NONE)
-
-    def _stand_back(self, seconds: float) -> None:
-        self._resigned_until = max(self._resigned_until, trio.current_time() + seconds)
 
     def _leading_changed(self) -> None:
         if self._leading is not None:
