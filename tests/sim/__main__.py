@@ -21,7 +21,12 @@ def main() -> int:
     parser.add_argument("seeds", nargs="*")
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--digest", action="store_true", help="print only the digest of each seed's trace")
     arguments = parser.parse_args()
+    if arguments.digest:
+        for seed in arguments.seeds:
+            print(simulate(seed).digest)
+        return 0
     say = print if arguments.seeds else None
     total: Counter[str] = Counter()
     failed = 0

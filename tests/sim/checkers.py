@@ -238,9 +238,12 @@ class Account:
 
     # ---- the end
 
-    def settle(self, left: dict[str, int]) -> None:
-        """All is well again, and every queue has been emptied: `left` counts what came then, by message id."""
-        present = {self.copies[message_id].name for message_id in left if message_id in self.copies}
+    def settle(self, left: dict[str, int], stored: Iterable[str]) -> None:
+        """All is well again, and every queue has been emptied: `left` counts what came then, by message id.
+
+        `stored`: names of messages that are still in some store, though they can't be delivered at the moment.
+        """
+        present = {self.copies[message_id].name for message_id in left if message_id in self.copies} | set(stored)
         if self.durable:
             for message in self.sent.values():
                 if message.confirmed_at is not None and not message.expires and message.durable:
@@ -252,7 +255,13 @@ class Account:
             source = self.sent[taken.name]
             if found and back:
                 self.findings.add(f"{move.sent!r} was sent, and {source.name!r} was not acknowledged with it")
-            if not found and not back and not (taken.ack_tried_alone or source.expires) and source.durable:
+            if (
+                not found
+                and not back
+                and not present & {move.sent, taken.name}
+                and not (taken.ack_tried_alone or source.expires)
+                and source.durable
+            ):
                 others = [other for other in self.moves if other.taken == move.taken and other is not move]
                 if not any(self.sent[other.sent].delivered for other in others):
                     self.findings.add(f"{source.name!r} was acknowledged, and {move.sent!r} was not sent with it")

@@ -7,6 +7,7 @@ the same one.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -21,6 +22,7 @@ from tests.store.forgetful import ForgetfulBackend
 
 OWN_KEYS = (fmt.META_KEY, fmt.POSITION_KEY)  # each copy's own, or known beside the content
 MASK = (1 << 64) - 1
+NAME = re.compile(rb"([a-z]\d-\d+)\|")  # of a message, at the beginning of its body
 
 
 class SimBackend(ForgetfulBackend):
@@ -216,10 +218,19 @@ class Disk:
 
     # ---- at any time
 
-    def flip_bit(self) -> str:
-        """Flip a bit of some value of the current copy; what was hit, "" if there is nothing."""
+    def messages(self) -> list[str]:
+        """The names in the bodies of all whole messages of the current copy, where bits were flipped: some are not delivered."""
+        if not self.bits_flip():
+            return []
         backend: Any = self.copies.backend if self.copies is not None else self.backend
-        keys = sorted(backend.synced)
+        entries = backend._inner.iterate(bytes((fmt.MESSAGE,)), bytes((fmt.MESSAGE + 1,)))
+        found = [NAME.search(value) for key, value in entries if crc32(value, crc32(key)) == fmt.RESIDUE]
+        return [match[1].decode() for match in found if match]
+
+    def flip_bit(self) -> str:
+        """Flip a bit of some message of the current copy; what was hit, "" if there is nothing."""
+        backend: Any = self.copies.backend if self.copies is not None else self.backend
+        keys = sorted(key for key in backend.synced if key[0] == fmt.MESSAGE)
         if not keys:
             return ""
         key = self.rng.choice(keys)

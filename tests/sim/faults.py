@@ -227,7 +227,10 @@ class Faults:
         self.sim.trace(f"{life.name} is cut off from ZooKeeper")
         requests, answers = self.rng.choice(((True, True), (True, True), (True, False), (False, True)))
         self.sim.zookeeper.cut(
-            life.coordinator, requests=requests, answers=answers, noticed=requests and answers and self.rng.random() < 0.5
+            life.coordinator,
+            requests=requests,
+            answers=answers,
+            noticed=requests and answers and self.rng.random() < 0.5,
         )
         await self.sleep(0.1, self.rng.choice((1.0, 8.0)))
         if not life.dead and not life.paused:

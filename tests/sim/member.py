@@ -18,6 +18,7 @@ import trio
 from pybroker import broker as broker_module
 from pybroker.broker import Broker
 from pybroker.client import Client
+from pybroker.cluster import catchup
 from pybroker.cluster import leader as leader_module
 from pybroker.cluster.lease_clock import LeaseClock
 from pybroker.cluster.replica import Replica
@@ -32,6 +33,8 @@ from tests.sim.schedule import PROCESS, Process
 if TYPE_CHECKING:
     from tests.sim.simulation import Simulation
 
+WINDOW_BYTES = 4_000  # small, or the small stores of a run would be brought up in one step
+CHUNK_BYTES = 1_000
 WALL_CLOCK = 1_700_000_000_000  # milliseconds since the Unix epoch at which a run begins
 
 
@@ -286,6 +289,8 @@ def watched() -> Iterator[None]:
         mock.patch.object(broker_module, "Engine", _Engine),
         mock.patch.object(broker_module, "close_store", _close),
         mock.patch.object(broker_module, "version", lambda _: "simulated"),
-        mock.patch.object(leader_module, "LeaseClock", _lease_clock, create=True),
+        mock.patch.object(leader_module, "LeaseClock", _lease_clock),
+        mock.patch.object(catchup, "WINDOW_BYTES", WINDOW_BYTES),
+        mock.patch.object(catchup.chunks, "digests", partial(catchup.chunks.digests, chunk_bytes=CHUNK_BYTES)),
     ):
         yield

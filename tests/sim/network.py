@@ -188,6 +188,7 @@ class SimNetwork:
         self.weather = Weather()
         self.room = 1 << 20  # bytes that one direction holds
         self.cuts: set[tuple[str, str]] = set()  # (from, to)
+        self.detours: dict[tuple[str, str], str] = {}  # (dialler, address) to who is reached instead
         self.count = count
         self.connections: list[Connection] = []
         self._servers: dict[str, tuple[Process, trio.Nursery, Any]] = {}
@@ -209,6 +210,7 @@ class SimNetwork:
 
     async def dial(self, dialler: str, address: str) -> Wire:
         await trio.sleep_until(self.arrival())
+        address = self.detours.get((dialler, address), address)
         if self.weather.misroute and self.rng.random() < self.weather.misroute:
             address = self.rng.choice(sorted(self._servers) or [address])
             self.count("dials misrouted")

@@ -1,6 +1,6 @@
 """One run: a set of members, ZooKeeper, a network, clients, and a story of what befalls them. Owns all of it, and the end of it.
 
-    Simulation(seed, story, ...).run()      raises Violation, or returns what happened
+Simulation(seed, story, ...).run()      raises Violation, or returns what happened
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ class Simulation:
             log.propagate = before[1]
         if self.findings.texts:
             raise Violation("; ".join(self.findings.texts)) from (self.errors[0] if self.errors else None)
+        self.counts["sends confirmed"] = self.account.confirmed
+        self.counts["acknowledgements confirmed"] = self.account.acked
+        self.counts["deliveries repeated"] = self.account.redelivered
+        self.counts["batches committed"] = self.positions.commits
+        self.counts["failovers"] = len(self.positions.leaders) - 1
         digest = hashlib.sha256("\n".join(self.traced).encode()).hexdigest()
         return Result(self.counts, digest, self.traced, seconds)
 
@@ -236,7 +241,8 @@ class Simulation:
         for _ in range(2):
             await drain(self, await self.leader(), left, 0.5)
         await self.until(self.is_whole, WHOLE, "not all members are whole at the end")
-        self.account.settle(left)
+        stored = [name for member in self.members.values() for name in member.disk.messages()]
+        self.account.settle(left, stored)
 
     async def probe(self, name: str) -> None:
         """Send until one send is confirmed."""
@@ -291,9 +297,9 @@ class Simulation:
         if view.epoch < leader.replica.epoch:
             if len(following) <= len(lives) // 2:
                 return False
-        elif any(view.roster.get(life.member.name) != life.copies.identity.incarnation for life in lives):
-            return False
-        elif len(following) < len(lives):
+        elif any(view.roster.get(life.member.name) != life.copies.identity.incarnation for life in lives) or len(
+            following
+        ) < len(lives):
             return False
         return len({life.replica.position for life in following}) == 1
 

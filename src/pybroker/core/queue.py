@@ -96,7 +96,9 @@ class Queue:
         self.outstanding: dict[int, Entry] = {}
         self.consumers: set[Consumer] = set()
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
-        self.unread: set[int] = set()  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
+        self.unread: set[int] = (
+            set()
+        )  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
         self.counts = QueueCounts()
 
     @property
