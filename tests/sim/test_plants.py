@@ -28,6 +28,8 @@ def test_nothing_is_wrong_on_the_way_to_a_bug_without_it(plant: Plant) -> None:
     plant.run("unplanted")
 
 
-@pytest.mark.xfail(strict=True, raises=Violation, reason="a restored copy that was started before it saw its slot votes")
+@pytest.mark.xfail(
+    strict=True, raises=Violation, reason="a restored copy that was started before it saw its slot votes"
+)
 def test_a_copy_restored_from_a_backup_does_not_vote_however_often_it_was_started() -> None:
     Simulation("restored", ways.restored).run()
