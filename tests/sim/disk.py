@@ -22,6 +22,7 @@ from tests.store.forgetful import ForgetfulBackend
 
 OWN_KEYS = (fmt.META_KEY, fmt.POSITION_KEY)  # each copy's own, or known beside the content
 MASK = (1 << 64) - 1
+FLIPPED = (fmt.MESSAGE,)  # kinds of records of which bits are flipped; others have ways of their own
 NAME = re.compile(rb"([a-z]\d-\d+)\|")  # of a message, at the beginning of its body
 
 
@@ -228,9 +229,9 @@ class Disk:
         return [match[1].decode() for match in found if match]
 
     def flip_bit(self) -> str:
-        """Flip a bit of some message of the current copy; what was hit, "" if there is nothing."""
+        """Flip a bit of some record of the current copy; what was hit, "" if there is nothing."""
         backend: Any = self.copies.backend if self.copies is not None else self.backend
-        keys = sorted(key for key in backend.synced if key[0] == fmt.MESSAGE)
+        keys = sorted(key for key in backend.synced if key[0] in FLIPPED)
         if not keys:
             return ""
         key = self.rng.choice(keys)

@@ -30,7 +30,7 @@ HAPPENED = {
     "failovers": 700,
     "side copies swapped in": 1_000,
     "moves confirmed": 1_500,
-    "kills": 1_000,
+    "kills": 2_200,
     "pauses": 150,
     "cuts": 600,
     "disks wiped": 100,

@@ -13,6 +13,7 @@ import trio
 from pybroker.cluster.coordinator import SetNode
 from pybroker.cluster.memory import Fate
 from pybroker.cluster.registry import Position
+from pybroker.store import format as fmt
 from tests.sim.clients import QUEUES, visit
 from tests.sim.disk import MASK, SimBackend
 from tests.sim.member import Life, Member
@@ -294,4 +295,49 @@ async def restored(sim: Simulation) -> None:
     rejoin(sim, "c")
     sim.zookeeper.up()
     await trio.sleep(1.0)
+    await sim.finish()
+
+
+async def bent_descriptor(sim: Simulation) -> None:
+    """The leader's record of a queue goes bad; c was away, has an earlier one, and is brought up by difference. (No ring.)"""
+    await begin(sim)
+    sim["c"].kill()
+    for number in (2, 3, 4):
+        await send(sim, sim["a"], number)
+    flip(sim["a"], fmt.queue_key(1), 100)
+    sim["c"].start()
+    await trio.sleep(2.0)
+    await sim.finish()
+
+
+async def bent_meta(sim: Simulation) -> None:
+    """The first bit of what says that c's copy is a store goes bad: it starts as a new copy."""
+    await begin(sim)
+    sim["c"].kill()
+    flip(sim["c"], fmt.META_KEY, 0)
+    sim["c"].start()
+    await trio.sleep(2.0)
+    await sim.finish()
+
+
+def flip(member: Member, key: bytes, bit: int) -> None:
+    copies = member.disk.copies
+    backend = copies.backend if copies is not None else member.disk.backend
+    assert isinstance(backend, SimBackend)
+    backend.flip(key, bit)
+    member.sim.trace(f"a bit of record {key.hex()} of {member.name} is flipped")
+    member.sim.count("bits flipped on a disk")
+
+
+async def stopped_while_elected(sim: Simulation) -> None:
+    """A member is asked to stop after its election, and before it serves: it ends, and another one serves."""
+    sim.start_all()
+    await until(lambda: bool(sim.positions.leaders))
+    name = next(iter(sim.positions.leaders.values()))[0]
+    life = next(life for life in sim.lives if life.name == name)
+    life.start_soon(sim.nursery, life.stop)
+    with trio.move_on_after(15.0) as late:
+        await life.ended.wait()
+    if late.cancelled_caught:
+        sim.findings.add(f"{name} does not stop")
     await sim.finish()
