@@ -10,7 +10,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from pybroker.errors import StoreError
 from pybroker.store import format as fmt
@@ -175,7 +174,7 @@ class Disk:
         """Whether it holds bad values: its own, or what it was sent of another damaged copy."""
         if self.bits_flip():
             entries = backend._inner.iterate(b"\0", bytes((fmt.END,)))
-            backend.damaged = any(crc32(value, crc32(key)) != fmt.RESIDUE for key, value in entries)
+            backend.damaged = any(not fmt.is_whole(key, value) for key, value in entries)
         return backend.damaged
 
     def reread(self, backend: SimBackend) -> SimBackend:
@@ -225,7 +224,7 @@ class Disk:
             return []
         backend: Any = self.copies.backend if self.copies is not None else self.backend
         entries = backend._inner.iterate(bytes((fmt.MESSAGE,)), bytes((fmt.MESSAGE + 1,)))
-        found = [NAME.search(value) for key, value in entries if crc32(value, crc32(key)) == fmt.RESIDUE]
+        found = [NAME.search(value) for key, value in entries if fmt.is_whole(key, value)]
         return [match[1].decode() for match in found if match]
 
     def flip_bit(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.sim import ways
-from tests.sim.checkers import Violation
 from tests.sim.plants import PLANTS, Plant
 from tests.sim.simulation import Options, Simulation
 
@@ -32,18 +31,13 @@ def test_a_replica_that_is_asked_to_stop_while_it_is_elected_ends() -> None:
     Simulation("stopped", ways.stopped_while_elected).run()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=Violation, reason="a restored copy that was started before it saw its slot votes"
-)
 def test_a_copy_restored_from_a_backup_does_not_vote_however_often_it_was_started() -> None:
     Simulation("restored", ways.restored).run()
 
 
-@pytest.mark.xfail(strict=True, raises=Violation, reason="an old record is kept where the leader's is bad")
 def test_a_copy_brought_up_by_difference_has_no_record_older_than_its_position() -> None:
     Simulation("bent", ways.bent_descriptor, Options(ring_bytes_max=0)).run()
 
 
-@pytest.mark.xfail(strict=True, raises=Violation, reason="it is taken for a store of another version")
 def test_a_copy_whose_meta_record_is_bad_is_filled_anew() -> None:
     Simulation("bent", ways.bent_meta).run()

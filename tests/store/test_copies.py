@@ -10,7 +10,6 @@ import pytest
 from pybroker.errors import StoreError
 from pybroker.store.chunks import FIRST, STOP, replace
 from pybroker.store.copies import Copies, MemoryCopies
-from pybroker.store.layout import Identity, is_behind
 from tests.store.filled_copies import content, fill, names, on_disk
 from tests.store.forgetful import ForgetfulBackend
 
@@ -34,19 +33,22 @@ def copies(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Copies]:
 def test_a_new_copy_has_a_name_and_an_empty_store(copies: Copies) -> None:
     store = copies.open()
     assert (copies.identity.set, copies.identity.name, copies.identity.incarnation) == ("set", "a", "copy 1")
-    assert copies.identity.starts == 1
+    assert copies.identity.starts == 0
     assert store.position == (0, 0)
 
 
-def test_each_open_raises_the_starts_and_keeps_the_content(copies: Copies) -> None:
+def test_each_open_keeps_the_content_and_a_start_counts_when_it_is_said(copies: Copies) -> None:
+    """An old copy must not outgrow its slot by being started where the slot can't be seen."""
     store = copies.open()
     fill(store, b"x", 1)
     kept = content(store)
-    for starts in (2, 3):
+    for starts in (0, 1, 2):
         store.close()
         store = copies.open()
         assert (copies.identity.incarnation, copies.identity.starts) == ("copy 1", starts)
         assert content(store) == kept
+        copies.count_start()
+        assert copies.identity.starts == starts + 1
 
 
 def test_a_side_copy_holds_the_same_and_leaves_the_current_one_alone(copies: Copies) -> None:
@@ -78,7 +80,7 @@ def test_a_swap_makes_the_side_copy_the_current_one(copies: Copies) -> None:
         assert store.position == (lsn, lsn)
     store.close()
     assert content(copies.open()) == kept
-    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 1", 2)
+    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 1", 0)
 
 
 def test_a_difference_is_written_into_the_side_copy(copies: Copies) -> None:
@@ -129,7 +131,7 @@ def test_a_renewed_copy_keeps_its_store(copies: Copies) -> None:
     fill(store, b"y", 2)
     store.close()
     assert copies.open().position == (2, 2)
-    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 2", 2)
+    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 2", 0)
 
 
 def test_a_copy_that_starts_anew_is_empty(copies: Copies) -> None:
@@ -139,19 +141,11 @@ def test_a_copy_that_starts_anew_is_empty(copies: Copies) -> None:
     store.close()
     store = copies.start_anew()
     assert (store.position, store.records) == ((0, 0), [])
-    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 2", 2)
+    assert (copies.identity.incarnation, copies.identity.starts) == ("copy 2", 0)
     fill(store, b"y", 1)
     store.close()
     assert copies.open().position == (1, 1)
     assert copies.identity.incarnation == "copy 2"
-
-
-def test_whether_a_copy_is_behind_its_slot() -> None:
-    identity = Identity("set", "a", "copy 1", 5)
-    assert not is_behind(identity, 4), "the start after the one that the slot has seen"
-    assert is_behind(identity, 5), "a copy of start 4, started again while the slot has seen start 5"
-    assert is_behind(identity, 6)
-    assert not is_behind(Identity("set", "a", "copy 1", 1), 0)
 
 
 def test_what_a_crash_forgets_is_not_lost_by_a_swap() -> None:

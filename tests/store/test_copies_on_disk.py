@@ -268,6 +268,7 @@ def test_where_links_are_not_possible_tables_are_copied(seed: Path) -> None:
 def test_the_identity_is_a_file_that_can_be_read(tmp_path: Path) -> None:
     copies = on_disk(tmp_path)
     store = copies.open()
+    copies.count_start()
     found = json.loads((tmp_path / "data" / "identity").read_text())
     assert found == {
         "format": 1,

@@ -26,16 +26,20 @@ from pybroker.cluster.frames import (
 )
 from pybroker.cluster.registry import Position
 from pybroker.cluster.ring import Ring
-from pybroker.errors import ProtocolError, StoreDamaged
+from pybroker.errors import ProtocolError, StoreDamaged, StoreError
 from pybroker.store import chunks
 from pybroker.store import format as fmt
-from pybroker.store.backend import Change, Reader
+from pybroker.store.backend import Change, Entry, Reader
 from pybroker.store.store import Store
 
 RunBlocking = Callable[[Callable[[], Any]], Awaitable[Any]]
+Mend = Callable[
+    [list[Entry], int], Awaitable[bool]
+]  # (bad entries, batch number that the store was at) -> all whole now
 
 WINDOW_BYTES = 4 * 1024 * 1024  # keys and values of one window
 SEND_BYTES = 1024 * 1024  # batches that go into one write
+CHANGING = frozenset((fmt.QUEUE, fmt.POSITION, fmt.IDS, fmt.DELIVERIES, fmt.REFERENCES))  # kinds whose values change
 
 
 class _Window:
@@ -52,15 +56,22 @@ class _Window:
             self.close()
             raise
 
-    def chunk(self, epoch: int, start: bytes, stop: bytes) -> bytes:
-        return encode(Chunk(epoch, start, stop, encode_entries(chunks.read(self._reader, start, stop))))
+    def chunk(self, epoch: int, start: bytes, stop: bytes) -> tuple[bytes, list[Entry]]:
+        """A chunk's frame, and those of its entries that are bad and that a follower can't have a right value of."""
+        entries = chunks.read(self._reader, start, stop)
+        bad = [(key, value) for key, value in entries if key[0] in CHANGING and not fmt.is_whole(key, value)]
+        return encode(Chunk(epoch, start, stop, encode_entries(entries))), bad
 
     def close(self) -> None:
         self._snapshot.__exit__(None, None, None)
 
 
 class DifferenceSender:
-    """The leader's side, for one follower: `send` takes encoded frames, `wants` waits for the follower's next Want."""
+    """The leader's side, for one follower: `send` takes encoded frames, `wants` waits for the follower's next Want.
+
+    mend  gets whole values for bad ones of this store from other copies: a follower that has an older value in the place of one
+          that changes would keep it
+    """
 
     def __init__(
         self,
@@ -70,6 +81,7 @@ class DifferenceSender:
         run_blocking: RunBlocking,
         send: Callable[[bytes], Awaitable[None]],
         wants: Callable[[], Awaitable[Want]],
+        mend: Mend,
     ) -> None:
         self._epoch = epoch
         self._store = store
@@ -77,7 +89,10 @@ class DifferenceSender:
         self._run_blocking = run_blocking
         self._send = send
         self._wants = wants
-        self.walks = 0  # walks begun: more than one if the ring did not hold what came during a window
+        self._mend = mend
+        self.walks = (
+            0  # walks begun: more than one if the ring did not hold what came during a window, or a value was bad
+        )
         self.compared = 0  # chunks
         self.moved_bytes = 0  # of chunks that differed
 
@@ -92,7 +107,10 @@ class DifferenceSender:
                 return position
 
     async def _walk(self) -> Position | None:
-        """One walk over all keys; None if batches were dropped from the ring that the follower would have needed."""
+        """One walk over all keys; None if another is needed.
+
+        Batches were dropped from the ring that the follower would have needed, or a bad value was found, and mended.
+        """
         self.walks += 1
         start: bytes | None = chunks.FIRST
         position: Position | None = None
@@ -104,7 +122,8 @@ class DifferenceSender:
                 elif not await self._send_batches(position, window.position):
                     return None
                 position = window.position
-                await self._send_window(window)
+                if not await self._send_window(window):
+                    return None
             finally:
                 window.close()
             start = window.next_start
@@ -125,7 +144,7 @@ class DifferenceSender:
             await self._send(b"".join(pieces))
         return True
 
-    async def _send_window(self, window: _Window) -> None:
+    async def _send_window(self, window: _Window) -> bool:
         await self._send(encode(Digests(self._epoch, window.position, tuple(window.digests))))
         self.compared += len(window.digests)
         want = await self._wants()
@@ -136,9 +155,16 @@ class DifferenceSender:
                 raise ProtocolError("a follower wants a range that it was not offered")
             last = stop
         for start, stop in want.ranges:
-            frame: bytes = await self._run_blocking(partial(window.chunk, self._epoch, start, stop))
+            frame: bytes
+            bad: list[Entry]
+            frame, bad = await self._run_blocking(partial(window.chunk, self._epoch, start, stop))
+            if bad:
+                if not await self._mend(bad, max(window.position.lsn, self._store.position[1])):
+                    raise StoreError(f"record {bad[0][0].hex()} is bad here, and no other copy has it whole")
+                return False
             self.moved_bytes += len(frame)
             await self._send(frame)
+        return True
 
 
 class SideCopy:

@@ -38,13 +38,14 @@ from pybroker.cluster.lease_clock import LeaseClock, seconds_asleep
 from pybroker.cluster.link import FAREWELL, Link, LinkContext
 from pybroker.cluster.places import Places
 from pybroker.cluster.registry import Position
-from pybroker.cluster.repair import Answer, is_whole
+from pybroker.cluster.repair import Answer
 from pybroker.cluster.ring import Ring, RingBatch
 from pybroker.cluster.scrub import Scrubber
 from pybroker.cluster.statistics import FollowerStatistics, LeaderStatistics
 from pybroker.cluster.tracking import Copy, Tracking
 from pybroker.config import ReplicaSetConfig
 from pybroker.errors import BrokerError, ProtocolError, StoreDamaged, StoreError
+from pybroker.store import format as fmt
 from pybroker.store.committer import Batch
 from pybroker.store.store import Store
 
@@ -142,6 +143,7 @@ class Leader:
             outbox_bytes_max=outbox_bytes_max if outbox_bytes_max is not None else config.ring_bytes_max,
             answered=self._answered,
             deposed=self._depose,
+            mend=lambda bad, lsn: self._scrubber.mend(store, bad, lsn, self.ask_followers),
             members=self.members,
         )
 
@@ -562,6 +564,6 @@ def _whole_values(store: Store, keys: Sequence[bytes]) -> dict[bytes, bytes]:
                 value = reader.get(key)
             except StoreDamaged:
                 continue
-            if value is not None and is_whole(key, value):
+            if value is not None and fmt.is_whole(key, value):
                 found[key] = value
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from pybroker.cluster.catchup import SEND_BYTES, DifferenceSender, RunBlocking
+from pybroker.cluster.catchup import SEND_BYTES, DifferenceSender, Mend, RunBlocking
 from pybroker.cluster.frame_stream import FrameStream, LinkBroken
 from pybroker.cluster.frames import (
     CATCHING_UP,
@@ -47,6 +47,7 @@ class LinkContext:
 
     answered  called after each answer
     deposed   called with an epoch above the leader's
+    mend      gets whole values for bad ones of the leader's store
     members   gives the leader's table, for heartbeats
     """
 
@@ -59,6 +60,7 @@ class LinkContext:
     outbox_bytes_max: int
     answered: Callable[[], None]
     deposed: Callable[[str, int], None]
+    mend: Mend
     members: Callable[[], tuple[Member, ...]] = tuple
 
 
@@ -228,7 +230,13 @@ class Link:
     async def _catch_up(self) -> None:
         context = self._context
         sender = DifferenceSender(
-            context.epoch, context.store, context.ring, context.run_reading, self._frames.send, self._wants.receive
+            context.epoch,
+            context.store,
+            context.ring,
+            context.run_reading,
+            self._frames.send,
+            self._wants.receive,
+            context.mend,
         )
         try:
             position = await sender.run()

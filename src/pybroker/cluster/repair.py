@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
-from zlib import crc32
 
 import trio
 
@@ -36,11 +35,6 @@ class Answer(NamedTuple):
 
     value: bytes | None
     known_at: int
-
-
-def is_whole(key: bytes, value: bytes) -> bool:
-    """Whether a value's checksum is right, for that key. (One of a version that is not known here is not bad for that.)"""
-    return crc32(value, crc32(key)) == fmt.RESIDUE
 
 
 def may_be_asked(key: bytes) -> bool:
@@ -80,7 +74,7 @@ def read_values(
                 store.distrust(str(error), unreadable=True)
                 continue
             if value is not None:
-                if not is_whole(key, value):
+                if not fmt.is_whole(key, value):
                     continue
                 if size and size + len(value) > bytes_max:
                     break
@@ -125,7 +119,7 @@ class Exchange:
                 if not values.pairs:
                     left = left[FETCH_KEYS_MAX:]
                 for key, value in values.pairs:
-                    if value is None or is_whole(key, value):
+                    if value is None or fmt.is_whole(key, value):
                         answers[key] = Answer(value, values.position.lsn)
                     else:
                         log.warning("a peer sent a bad value for record %s, which is not taken", key.hex())

@@ -99,6 +99,7 @@ class Replica:
         self._failures = 0  # of the store, one soon after the other
         self._failed_at = -FAILURES_APART
         self._first = True  # this life has not written its slot yet
+        self._counted = False  # this life's number is on the disk
         self._proposing = False  # an election that this replica tries is under way
 
     # ---- for the owner
@@ -261,6 +262,7 @@ class Replica:
     async def _open(self) -> Store:
         """The current copy; an empty one, which counts no more, if it is damaged."""
         self._first = True
+        self._counted = False
         try:
             store: Store = await self._run_blocking(self._copies.open)
         except StoreDamaged as error:
@@ -313,7 +315,14 @@ class Replica:
         weight = self.config.weight
         if trio.current_time() < self._resigned_until:
             weight -= STANDING_BACK  # or the others would wait for this one, where it is as good as they are
-        return Me(self.name, identity.incarnation, identity.starts, weight, position)
+        starts = identity.starts if self._counted else identity.starts + 1  # this life's number
+        return Me(self.name, identity.incarnation, starts, weight, position)
+
+    async def _count_start(self) -> None:
+        """This life is about to write its slot, which was seen to be of no later one: its number must be on the disk first."""
+        if not self._counted:
+            await self._run_blocking(self._copies.count_start)
+            self._counted = True
 
     async def _settled(self, writes: Sequence[Write], happened: Callable[[View], bool]) -> Outcome:
         return await self._nodes.settle(writes, self._me, happened, self._has_written)
@@ -356,6 +365,7 @@ class Replica:
             await self._wait(seen, view, me, leader, None)
             return
         if not stands:
+            await self._count_start()
             written = await self._settled(election.publish(view, me), lambda seen: election.stands(seen, me))
             if written is not Outcome.REFUSED:
                 self._first = False
@@ -458,6 +468,7 @@ class Replica:
             )
         try:
             self._become(JOINING, leader.epoch, leader)
+            await self._count_start()
             version = view.slots[me.name][1]
             outcome = await self._settled(
                 election.give_up(view, me), lambda seen: election.has_given_up(seen, me, version)

@@ -19,9 +19,10 @@ import trio
 from pybroker.cluster.catchup import RunBlocking
 from pybroker.cluster.frame_stream import LinkBroken
 from pybroker.cluster.frames import FETCH_KEYS_MAX
-from pybroker.cluster.repair import OWN_KEYS, Answer, is_whole, may_be_asked, position_of
+from pybroker.cluster.repair import OWN_KEYS, Answer, may_be_asked, position_of
 from pybroker.config import ReplicaSetConfig
 from pybroker.errors import StoreDamaged, StoreError
+from pybroker.store import format as fmt
 from pybroker.store.backend import Entry
 from pybroker.store.chunks import FIRST, STOP
 from pybroker.store.store import Store
@@ -73,7 +74,7 @@ def read_slice(
                 break
             size += len(key) + len(value)
             count += 1
-            if not is_whole(key, value):
+            if not fmt.is_whole(key, value):
                 bad.append((key, value))
     return Slice(max(store.position[1], position.lsn if position is not None else 0), bad, size, behind)
 
@@ -119,6 +120,12 @@ class Scrubber:
             except StoreError as error:  # it was closed; or it has failed, which whoever writes to it will meet
                 log.info("a walk over the store was interrupted: %s", error)
                 await trio.sleep(PAUSE)
+
+    async def mend(self, store: Store, bad: list[Entry], lsn: int, ask: Ask) -> bool:
+        """Mend at once what somebody has met, where the store was not beyond batch `lsn`; whether all of it is whole now."""
+        left = await self._repair(store, Slice(lsn, bad, 0, None), ask, self._left)
+        self._left |= set(sorted(left)[: max(0, LEFT_MAX - len(self._left))])
+        return not left
 
     async def _step(self, store: Store, ask: Ask) -> None:
         piece: Slice = await self._run_reading(partial(read_slice, store, self._place))

@@ -16,7 +16,6 @@ from hashlib import blake2b
 from itertools import chain, pairwise
 from struct import pack
 from typing import NamedTuple
-from zlib import crc32
 
 from pybroker.errors import CorruptRecord, ProtocolError
 from pybroker.store import format as fmt
@@ -156,7 +155,7 @@ def replace(store: Store, start: bytes, stop: bytes, entries: Sequence[Entry]) -
                 changes.append((key, None))
                 deletes += 1
             elif value != old:
-                if _whole(key, old) and not _whole(key, value):
+                if fmt.is_whole(key, old) and not fmt.is_whole(key, value):
                     kept.append(key)
                     continue
                 changes.append((key, value))
@@ -187,10 +186,6 @@ def _digest(keys: list[bytes], values: list[bytes]) -> bytes:
     """Lengths come first: no two different lists give the same bytes."""
     lengths = pack(f">{2 * len(keys)}I", *map(len, keys), *map(len, values))
     return blake2b(b"".join((lengths, *keys, *values)), digest_size=DIGEST_BYTES).digest()
-
-
-def _whole(key: bytes, value: bytes) -> bool:
-    return crc32(value, crc32(key)) == fmt.RESIDUE
 
 
 def _check(start: bytes, stop: bytes, entries: Sequence[Entry]) -> None:

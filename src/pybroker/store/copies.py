@@ -29,14 +29,13 @@ from pybroker.store.layout import (
     copy_number,
     current_name,
     encode_identity,
-    is_behind,
     read_identity,
 )
 from pybroker.store.leveldb import LevelDBBackend
 from pybroker.store.memory_copies import MemoryCopies
 from pybroker.store.store import Store, write_beginning
 
-__all__ = ["Copies", "DiskCopies", "Identity", "MemoryCopies", "is_behind", "remove_copies"]
+__all__ = ["Copies", "DiskCopies", "Identity", "MemoryCopies", "remove_copies"]
 
 NewIncarnation = Callable[[], str]  # a random name for a new copy
 
@@ -53,7 +52,7 @@ class Copies(Protocol):
         ...
 
     def open(self) -> Store:
-        """Open the current copy at a start of the replica: raises the start counter, removes what a crash has left.
+        """Open the current copy at a start of the replica; remove what a crash has left.
 
         A copy that is new, or is not the one that the identity knows, gets a new incarnation. Raises
         `ConfigurationError` when it belongs to another replica, `StoreLocked`, `StoreDamaged`, `StoreFormatError`,
@@ -71,6 +70,10 @@ class Copies(Protocol):
 
     def abandon_side(self, side: Store | None = None) -> Store:
         """Remove the side copy, if there is one, and open the current copy."""
+        ...
+
+    def count_start(self) -> None:
+        """Raise the start counter, durably: once in a life, when the slot was seen, and before it is written."""
         ...
 
     def renew(self) -> None:
@@ -127,7 +130,7 @@ class DiskCopies:
             if identity is None or not there:
                 # New, or what it had is gone. The new name is durable before anything is made under it.
                 identity = Identity(self._set, self._name, self._new_incarnation(), identity.starts if identity else 0)
-            self._write_identity(replace(identity, starts=identity.starts + 1))
+            self._write_identity(identity)
             store = self._open_current(name, create=not there)
             try:
                 self._remember(store)
@@ -245,6 +248,12 @@ class DiskCopies:
 
     # ---- new copies
 
+    def count_start(self) -> None:
+        try:
+            self._write_identity(replace(self.identity, starts=self.identity.starts + 1))
+        except OSError as error:
+            raise self._translated(error) from error
+
     def renew(self) -> None:
         try:
             self._write_identity(replace(self.identity, incarnation=self._new_incarnation()))
@@ -257,7 +266,7 @@ class DiskCopies:
         try:
             identity = self._read_identity() or Identity(self._set, self._name, "")
             self._write_identity(
-                Identity(self._set, self._name, self._new_incarnation(), identity.starts + 1)
+                Identity(self._set, self._name, self._new_incarnation(), identity.starts)
             )  # first: from now on nobody counts on what is removed
             if (self.data_dir / POINTER_FILE).exists():
                 self._files.unlink(self.data_dir / POINTER_FILE)

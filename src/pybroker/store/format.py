@@ -127,9 +127,14 @@ def seal(key: bytes, payload: bytes) -> bytes:
     return payload + _checksum(crc32(payload, crc32(key)))
 
 
+def is_whole(key: bytes, value: bytes) -> bool:
+    """Whether a value's checksum is right, for that key. (One of a version that is not known here is not bad for that.)"""
+    return crc32(value, crc32(key)) == RESIDUE
+
+
 def check(key: bytes, value: bytes) -> None:
     """Raise `CorruptRecord` unless the value is whole, belongs to the key, and is of a version known here."""
-    if crc32(value, crc32(key)) != RESIDUE:
+    if not is_whole(key, value):
         raise CorruptRecord(key, "the checksum is wrong")
     if not value or value[0] != VERSION:
         raise CorruptRecord(key, f"value version {value[0] if value else None}, not {VERSION}")
@@ -321,9 +326,14 @@ def decode_format(value: bytes) -> int | None:
     return int.from_bytes(value[len(MAGIC) + 1 : len(MAGIC) + 5], "big")
 
 
+def is_damaged_meta(value: bytes) -> bool:
+    """Whether a META value is one of ours that went bad: of the right length, with a checksum that no format would have."""
+    return len(value) == len(MAGIC) + _META.size + CHECKSUM_BYTES and not is_whole(META_KEY, value)
+
+
 def decode_meta(value: bytes) -> tuple[bytes, int]:
     """``(store_id, starts)`` of a META value of this FORMAT."""
-    if crc32(value, crc32(META_KEY)) != RESIDUE or len(value) != len(MAGIC) + _META.size + CHECKSUM_BYTES:
+    if not is_whole(META_KEY, value) or len(value) != len(MAGIC) + _META.size + CHECKSUM_BYTES:
         raise CorruptRecord(META_KEY, "the checksum is wrong")
     _, _, store_id, starts = _META.unpack_from(value, len(MAGIC))
     return store_id, starts

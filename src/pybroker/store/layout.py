@@ -37,7 +37,8 @@ class Identity:
     set          the replica set's name
     name         the replica's name in it
     incarnation  random: names the copy. A new one is a learner, whatever it holds
-    starts       how often it was started; on the disk before `Copies.open` returns
+    starts       how many of its lives came to write the replica's slot; raised on the disk before that (`Copies.count_start`),
+                 and by no start that has not seen the slot: or an old copy would outgrow it by being started
     store_id     of the store that belongs to it, and how often that had been opened: another store in its place, or an
     opened       older copy of it, is not the one that the set counts on
     """
@@ -48,15 +49,6 @@ class Identity:
     starts: int = 0
     store_id: str = ""
     opened: int = 0
-
-
-def is_behind(identity: Identity, slot_starts: int) -> bool:
-    """Whether a copy that has just been opened comes from an earlier life than the one that its slot has seen.
-
-    To be asked once after each `Copies.open`, *before* the slot is written: an earlier life's copy, started once more,
-    may have exactly the number of starts that the slot has. `slot_starts` is 0 if the slot names another incarnation.
-    """
-    return identity.starts <= slot_starts
 
 
 def copy_name(number: int) -> str:

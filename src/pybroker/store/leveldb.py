@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from pybroker.errors import StoreDamaged, StoreError, StoreFormatError
+from pybroker.store import ranges
 from pybroker.store.backend import Change, Entry, Reader
 from pybroker.store.directory import damage_text, hold_directory, locked, prepare_directory, release_directory
 from pybroker.store.resident import ResidentTrim
@@ -47,8 +48,7 @@ OPTIONS: dict[str, Any] = {
 }
 NOWHERE = b"\0"  # no key is there: compacting it only makes a table of what is in memory
 COMPACT_BYTES = 32 * 1024 * 1024  # on the disk, that are compacted in one go: a close waits for it
-KEY_BYTES = 17  # of the keys of messages; ranges are halved by them
-COMPACT_DEPTH = 8 * KEY_BYTES
+COMPACT_DEPTH = 136  # times that a range is halved: down to single messages
 TRIM_WRITES = 32  # writes between two looks at the resident memory
 
 
@@ -206,10 +206,9 @@ class LevelDBBackend:
             if size:
                 yield start, stop
             return
-        low, high = (int.from_bytes(key.ljust(KEY_BYTES, b"\0")[:KEY_BYTES], "big") for key in (start, stop))
-        middle = ((low + high) // 2).to_bytes(KEY_BYTES, "big")
-        yield from self._pieces(start, middle, depth + 1)
-        yield from self._pieces(middle, stop, depth + 1)
+        half = ranges.middle(start, stop)
+        yield from self._pieces(start, half, depth + 1)
+        yield from self._pieces(half, stop, depth + 1)
 
     def count_unverified(self) -> None:
         with self._registry_lock:

@@ -44,7 +44,6 @@ class MemoryCopies:
         return self._identity
 
     def open(self) -> Store:
-        self._identity = replace(self._identity, starts=self._identity.starts + 1)
         return self._open_current()
 
     def _open_current(self) -> Store:
@@ -93,12 +92,15 @@ class MemoryCopies:
     def abandon_side(self, side: Store | None = None) -> Store:
         return self._open_current()
 
+    def count_start(self) -> None:
+        self._identity = replace(self._identity, starts=self._identity.starts + 1)
+
     def renew(self) -> None:
         self._identity = replace(self._identity, incarnation=self._new_incarnation())
 
     def start_anew(self) -> Store:
         self._close_store()
-        self._identity = replace(self._identity, incarnation=self._new_incarnation(), starts=self._identity.starts + 1)
+        self._identity = replace(self._identity, incarnation=self._new_incarnation())
         self.backend.close()
         self.backend = self._new_backend()
         return self._open_current()

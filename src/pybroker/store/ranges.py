@@ -1,4 +1,4 @@
-"""Reading a range in spite of places that LevelDB can't read. Owns the search for where reading can go on.
+"""Ranges of keys: halving them, and reading one in spite of places that LevelDB can't read. Owns the search for where to go on.
 
 Follows DESIGN.md section 4: damage costs what is damaged, not what lies behind it.
 """
@@ -40,12 +40,17 @@ def _behind_damage(reader: Reader, start: bytes, stop: bytes) -> bytes:
         step *= 2
     good = min(bad + step, end)
     while good - bad > 1:
-        middle = (bad + good) // 2
-        if _readable(reader, _key(middle), stop):
-            good = middle
+        half = (bad + good) // 2
+        if _readable(reader, _key(half), stop):
+            good = half
         else:
-            bad = middle
+            bad = half
     return stop if good == end else _key(good)
+
+
+def middle(start: bytes, stop: bytes) -> bytes:
+    """A key about halfway between two."""
+    return _key((_number(start) + _number(stop)) // 2)
 
 
 def _number(key: bytes) -> int:

@@ -91,6 +91,8 @@ class Store:
             changes: list[Change] = [(fmt.IDS_KEY, fmt.encode_pair(fmt.IDS_KEY, 1, 1))]
         else:
             found = fmt.decode_format(value)
+            if found != fmt.FORMAT and fmt.is_damaged_meta(value):
+                raise _damaged(CorruptRecord(fmt.META_KEY, "the checksum is wrong"))
             if found is None:
                 raise StoreFormatError("the database is not a pybroker store: its META value is something else")
             if found != fmt.FORMAT:
