@@ -22,7 +22,7 @@ from pybroker.control import ControlServer
 from pybroker.core.consumer import Connection
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, ProtocolError, StoreError
-from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool
+from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool, reopening
 from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
@@ -220,7 +220,7 @@ class Broker:
         except* (StoreError, ProtocolError, OSError) as group:  # or a batch too large to be replicated
             error = single(group)
             log.error("the store failed, every connection is closed: %s", error)
-            engine.fail(BrokerClosed(f"the store failed and is being opened again: {error}"))
+            engine.fail(reopening(error))
         finally:
             self._engine = None
             self._update_role()

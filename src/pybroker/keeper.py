@@ -159,7 +159,7 @@ class Alone:
                     await close_store(store)
                 if self._stopping:
                     return
-                self._why_not = BrokerClosed("the store failed and is being opened again: connect again in a moment")
+                self._why_not = reopening()
                 store = await self._reopen()
         finally:
             self._ended.set()
@@ -173,7 +173,7 @@ class Alone:
             except StoreError as error:
                 delay = min(delay * 2, self._config.reopen_delay_max)
                 log.error("the store can't be opened again, next try in %.1f s: %s", delay, error)
-                self._why_not = BrokerClosed(f"the store can't be opened again: {error}")
+                self._why_not = reopening(error)
 
     def _set_term(self, term: AloneTerm | None) -> None:
         self._term = term
@@ -248,6 +248,13 @@ def make_spool(config: BrokerConfig) -> Spool:
             return open_spool(directory / SPOOL)
 
     return Spool(create)
+
+
+def reopening(failure: BaseException | None = None) -> BrokerClosed:
+    """What clients are told when the store has failed. Files are not named: they are the operator's, and in the log."""
+    reason = str(failure).rpartition(": ")[2] if failure is not None else ""
+    shown = f" ({reason})" if reason and " /" not in f" {reason}" else ""
+    return BrokerClosed(f"the store failed{shown} and is being opened again: connect again in a moment")
 
 
 async def keep_compact(store: Callable[[], Store | None]) -> None:

@@ -18,6 +18,7 @@ import pybroker.engine
 from pybroker.broker import Broker, open_broker
 from pybroker.client import Client
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, SendInDoubt, StoreDamaged, StoreError
+from pybroker.keeper import reopening
 from pybroker.remote import connect_stomp
 from pybroker.store import format as fmt
 from pybroker.store.backend import Entry
@@ -489,3 +490,21 @@ async def test_a_blocked_send_is_refused_in_the_end(tmp_path: Path, free_bytes: 
             with pytest.raises(BrokerFull, match="full_timeout"):
                 await send(client, "a")
         check_empty(broker)
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (
+            "the store in /data/a/store: IO error: /data/a/store/000003.log: No space left on device",
+            " (No space left on device)",
+        ),
+        ("the store: [Errno 5] Input/output error", " ([Errno 5] Input/output error)"),
+        ("the store in /data/a/store", ""),
+        ("it failed: /data/a/store", ""),
+    ],
+)
+def test_clients_are_told_why_the_store_failed_and_no_path(failure: str, told: str) -> None:
+    text = str(reopening(StoreError(failure)))
+    assert text.startswith(f"the store failed{told} ")
+    assert "/data" not in text

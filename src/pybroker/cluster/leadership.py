@@ -105,8 +105,12 @@ class Leadership:
                 with trio.CancelScope(shield=True):  # the user releases it as soon as `lost` is set, whatever happens
                     await self._wait_released()
             log.info("replica %s leads no more (epoch %d): %s", record.name, record.epoch, reason)
-        if failure is not None or term.doubtful:
+        if failure is not None:
             raise StoreError(reason) from failure
+        if term.doubtful:
+            raise StoreError(
+                f"a batch was under way when the leadership ended ({reason}): what is on the disk must be read"
+            )
         await leader.sync()  # in the modes that do not wait for its own disk: what it publishes next must be there
         await self._run_blocking(store.reload)
 

@@ -271,7 +271,7 @@ class Replica:
         return store
 
     async def _reopen(self, failure: Exception) -> None:
-        log.error("replica %s: its store failed and is opened again: %s", self.name, failure)
+        log.error("replica %s: its store is opened again: %s", self.name, failure)
         now = trio.current_time()
         self._failures = 1 + (self._failures if now - self._failed_at < FAILURES_APART else 0)
         self._failed_at = now
