@@ -475,7 +475,7 @@ async def test_a_follower_with_a_bad_block_is_filled_anew_and_nothing_is_written
         node = nodes["b"]
         spoil(node, key_of(3))
         old = node.copies.backend
-        node.store.backend.unverified_reads = 1  # type: ignore[attr-defined]
+        old.unverified_reads = 1
         written: list[object] = []
         old.write = lambda batch, sync: written.append(batch)  # type: ignore[method-assign]
         await until(lambda: node.copies.backend is not old)

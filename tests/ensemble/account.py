@@ -20,28 +20,8 @@ LEASE = (
 
 def settle(ledgers: list[Ledger]) -> Account:
     """Check everything."""
-    account = Account()
-    senders = [ledger for ledger in ledgers if "sent" in ledger]
-    consumers = [ledger for ledger in ledgers if "deliveries" in ledger]
-    sent: dict[str, dict[str, Any]] = {id: row for ledger in senders for id, row in ledger["sent"].items()}
-    moved = {ledger["moves"][0]: ledger["moves"][1] for ledger in consumers if "moves" in ledger}
-    deliveries: dict[str, list[tuple[Ledger, dict[str, Any]]]] = defaultdict(list)
-    for ledger in consumers:
-        for row in ledger["deliveries"]:
-            deliveries[row["id"]].append((ledger, row))
-    account.counts["sent"] = len(sent)
-    account.counts["sent again"] = sum(row["attempts"] > 1 for row in sent.values())
-    account.counts["deliveries"] = sum(map(len, deliveries.values()))
+    account = alone.settle(ledgers, check_copies, check_acknowledged)
     account.counts["connections"] = sum(ledger["connections"] for ledger in ledgers)
-    alone.check_content(account, sent, deliveries, moved)
-    alone.check_lost(account, ledgers, sent, deliveries)
-    check_copies(account, consumers)
-    check_acknowledged(account, consumers)
-    alone.check_transactions(account, ledgers, deliveries)
-    alone.check_moved(account, sent, deliveries, moved)
-    for ledger in consumers:
-        if ledger.get("alone"):
-            alone.check_order(account, ledger)
     return account
 
 

@@ -6,6 +6,7 @@ Each is a process of its own: it notes what it tried before it tries, and what i
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ async def visit(sim: Simulation, life: Life, work: Work) -> None:
         life.visits.pop(scope, None)
 
 
-class SimClient:
+class SimClient(ABC):
     """What both kinds have: a name, random choices, and the way to whoever leads."""
 
     def __init__(self, sim: Simulation, name: str, pause: float) -> None:
@@ -67,8 +68,9 @@ class SimClient:
             await visit(self.sim, life, self.work)
             await trio.sleep(self.rng.uniform(0.01, 0.1))
 
+    @abstractmethod
     async def work(self, life: Life, client: Client) -> None:
-        raise NotImplementedError
+        """What it does as a client of one process, on and on."""
 
     async def rest(self, life: Life) -> None:
         """For a moment, then until the process runs."""

@@ -26,6 +26,7 @@ class ForgetfulBackend:
     """
 
     blocking = False
+    unverified_reads = 0
 
     def __init__(self, synced: dict[bytes, bytes] | None = None) -> None:
         self.synced: dict[bytes, bytes] = dict(synced or {})

@@ -34,10 +34,14 @@ class Backend(Reader, Protocol):
 
     ``blocking`` says that everything but `new_batch` may block and belongs into a worker thread; a backend that does
     not block must be used from one thread only. After a failed `write` everything is refused with `StoreError` until
-    the backend is opened again, because nobody knows what reached the disk.
+    the backend is opened again, because nobody knows what reached the disk. ``unverified_reads`` counts readings that met a place
+    whose checksums, the backend's own, are wrong.
     """
 
     blocking: bool
+
+    @property
+    def unverified_reads(self) -> int: ...
 
     def new_batch(self, changes: Sequence[Change]) -> object:
         """Make a batch of changes, in order; cheap, for the event loop. The caller leaves `changes` alone from now."""

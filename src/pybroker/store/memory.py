@@ -30,6 +30,7 @@ class MemoryBackend:
     """
 
     blocking = False
+    unverified_reads = 0  # it has no files
 
     def __init__(self) -> None:
         self._data: dict[bytes, bytes] = {}

@@ -118,6 +118,10 @@ class _Handle:
         self._closed = False
         self.blocking = backend.blocking
 
+    @property
+    def unverified_reads(self) -> int:
+        return self._backend.unverified_reads
+
     def _open(self) -> Backend:
         if self._closed:
             raise StoreError("the store is closed")

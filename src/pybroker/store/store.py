@@ -144,7 +144,7 @@ class Store:
 
         Whatever became of the values in it, LevelDB will refuse all writes from when it comes to rewrite that table.
         """
-        if getattr(self.backend, "unverified_reads", 0):
+        if self.backend.unverified_reads:
             self.distrust("the checksum of a block in one of its files is wrong", unreadable=True)
 
     # ---- history
@@ -292,9 +292,7 @@ class Store:
         batch, expires, position, history = prepared
         try:
             self.backend.write(batch, sync)
-        except (
-            StoreDamaged
-        ) as error:  # LevelDB can't rewrite a table that has a bad block, and will try again each time
+        except StoreDamaged as error:  # LevelDB can't rewrite a table with a bad block, and will try again each time
             self.distrust(str(error), unreadable=True)
             raise
         if history:
