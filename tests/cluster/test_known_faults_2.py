@@ -216,7 +216,9 @@ async def test_disk_space_not_given_back_after_catching_up(autojump_clock: trio.
 
 async def catch_up_and_look(cluster: FaultyCluster) -> None:
     behind, leader, numbers = await fall_behind(cluster)
+    before = current_name(behind.directory)
     behind.start()
+    await until(lambda: current_name(behind.directory) != before)  # before that the side copy may hold all of it
     await until(lambda: behind.replica.role == FOLLOWER and holds_all(behind, numbers))
     assert cluster.leaders == [leader]
     assert [path.name for path in behind.directory.iterdir() if path.is_dir()] == [current_name(behind.directory)]

@@ -134,10 +134,11 @@ class Leadership:
         self.resigned = True
         with trio.move_on_after(self._config.handover_timeout):
             try:
-                view, _ = await self._nodes.look()
-                writes = election.resign(view, self.record)
-                if writes:
-                    await self._nodes.coordinator.transact(writes)
+                view = self._nodes.view  # the others wait: what was read last will do if it was the last
+                while writes := election.resign(view, self.record):
+                    if await self._nodes.coordinator.transact(writes) is not Outcome.REFUSED:
+                        break
+                    view, _ = await self._nodes.look()
             except CoordinatorLost:
                 pass
 

@@ -101,6 +101,7 @@ class Replica:
         self._first = True  # this life has not written its slot yet
         self._counted = False  # this life's number is on the disk
         self._proposing = False  # an election that this replica tries is under way
+        self._hurry = False  # a link has just ended: clients may be waiting for a leader
 
     # ---- for the owner
 
@@ -335,7 +336,11 @@ class Replica:
     async def _live(self) -> None:
         """One step: read, and do what the rules say; returns when there is something new to read."""
         self._forced = trio.Event()
-        view, seen = await self._nodes.look()
+        if self._hurry:  # what was read last will do: what is written names its versions
+            self._hurry = False
+            view, seen = self._nodes.view, self._nodes.seen
+        else:
+            view, seen = await self._nodes.look()
         me = self._me()
         election.check_admission(view, me, self.config.replicas)
         if election.is_restored(view, me, self._first):
@@ -510,6 +515,7 @@ class Replica:
             if failure is not None:
                 raise failure
             self._unreachable[leader.attempt] = trio.current_time() + self.config.election_step
+            self._hurry = True
         finally:
             self._become(NONE)
             await trio.aclose_forcefully(greeting.stream)

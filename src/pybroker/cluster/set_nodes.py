@@ -17,11 +17,12 @@ from pybroker.cluster.registry import View, encode, parse_view
 
 
 class SetNodes:
-    """`view` is what was read last: for status, and for what can't wait. It may be old."""
+    """`view` is what was read last, `seen` the count of changes before that: for status, and for what can't wait. It may be old."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
         self.view = View()
+        self.seen = -1
 
     @property
     def connected(self) -> bool:
@@ -30,8 +31,9 @@ class SetNodes:
     async def look(self) -> tuple[View, int]:
         """What ZooKeeper says, and the count of changes to wait for something newer with. Raises CoordinatorLost."""
         seen = self.coordinator.changes
-        self.view = parse_view(await self.coordinator.read())
-        return self.view, seen
+        view = parse_view(await self.coordinator.read())
+        self.view, self.seen = view, seen
+        return view, seen
 
     async def look_when_connected(self) -> View:
         while True:
