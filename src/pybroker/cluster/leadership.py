@@ -128,11 +128,12 @@ class Leadership:
             )
 
     async def _resign(self) -> None:
-        """Rule 12: let the best follower catch up, then take the leader's node away."""
+        """Rule 12: let the best follower catch up, then let go of all of them, and take the leader's node away meanwhile."""
         with trio.move_on_after(self._config.handover_timeout):
             await self.leader.wait_caught_up()
         self.resigned = True
-        with trio.move_on_after(self._config.handover_timeout):
+        self.leader.step_down("handed over")
+        with trio.move_on_after(self._config.handover_timeout, shield=True):  # from the end of the leadership, which has begun
             try:
                 view = self._nodes.view  # the others wait: what was read last will do if it was the last
                 while writes := election.resign(view, self.record):
