@@ -36,6 +36,7 @@ zookeeper = "{zookeeper}"
 allow = ["plaintext"]
 secret = "shared by the members of a test's set"
 zookeeper_auth = "pybroker:of a test"
+{more}
 [stomp]
 heartbeat_min_ms = 200
 [limits]
@@ -189,12 +190,14 @@ class ReplicaSet:
         session_timeout: float = 10.0,
         hosts: Sequence[tuple[str, Sequence[str]]] = (("127.0.0.1", ()),) * 3,
         data_dirs: Sequence[Path] = (),
+        more: str = "",
     ) -> None:
+        """`more`: further lines of the table replica_set."""
         self.changed = threading.Condition()
         arguments = ["--zookeeper", zookeeper, "--set", set_name, "--replicas", str(len(hosts))]
         arguments += ["--sync", "quorum_disk", "--session-timeout", str(session_timeout)]
         config = directory / "broker.toml"  # of all members: what differs are flags
-        config.write_text(CONFIG.format(set=set_name, zookeeper=zookeeper))
+        config.write_text(CONFIG.format(set=set_name, zookeeper=zookeeper, more=more))
         directories = data_dirs or [directory / name for name in "abc"]
         self.members = []
         for name, data_dir, (host, prefix) in zip("abc", directories, hosts, strict=True):
@@ -202,6 +205,14 @@ class ReplicaSet:
 
     def __getitem__(self, name: str) -> ReplicaProcess:
         return next(member for member in self.members if member.name == name)
+
+    def replace(self, old: ReplicaProcess, name: str) -> ReplicaProcess:
+        """A member of another name, with a directory of its own, in the list in the place of one that has ended."""
+        assert not old.running
+        directory = old.data_dir.parent / name
+        new = ReplicaProcess(name, directory, old.host, old._prefix, old._arguments, self.changed)
+        self.members[self.members.index(old)] = new
+        return new
 
     def start(self) -> ReplicaProcess:
         """Start all members, and return the one that leads when the others follow it."""
