@@ -71,11 +71,6 @@ class Journal:
         self.position = store.position
 
     @property
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing is being written."""
-        return self._writing is None and not self._open
-
-    @property
     def _open(self) -> bool:
         return bool(self._changes or self._spool or self._unsealed)
 

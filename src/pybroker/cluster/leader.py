@@ -38,14 +38,13 @@ from pybroker.cluster.lease_clock import LeaseClock, seconds_asleep
 from pybroker.cluster.link import FAREWELL, Link, LinkContext
 from pybroker.cluster.places import Places
 from pybroker.cluster.registry import Position
-from pybroker.cluster.repair import Answer
+from pybroker.cluster.repair import Answer, read_values
 from pybroker.cluster.ring import Ring, RingBatch
 from pybroker.cluster.scrub import Scrubber
 from pybroker.cluster.statistics import FollowerStatistics, LeaderStatistics
 from pybroker.cluster.tracking import Copy, Tracking
 from pybroker.config import ReplicaSetConfig
-from pybroker.errors import BrokerError, ProtocolError, StoreDamaged, StoreError
-from pybroker.store import format as fmt
+from pybroker.errors import BrokerError, ProtocolError, StoreError
 from pybroker.store.committer import Batch
 from pybroker.store.store import Store
 
@@ -54,6 +53,7 @@ log = logging.getLogger("pybroker.cluster")
 HANDSHAKE = 5.0  # seconds from accepting a connection to its Hello
 HANDSHAKES_MAX = 64  # connections that have not proved anything yet
 CLOSING = 2.0  # seconds for a link that was replaced to end
+OWN_BYTES_MAX = 64 * 1024 * 1024  # of values that are whole by now in the leader's own store
 SYNC_INTERVAL = 1.0  # seconds until the leader's disk is asked to, in the modes that do not wait for it
 
 
@@ -334,7 +334,8 @@ class Leader:
         `heartbeat_timeout`.
         """
         lsn = self._store.position[1]
-        found: dict[bytes, bytes] = await self._run_reading(lambda: _whole_values(self._store, keys))
+        _, pairs = await self._run_reading(partial(read_values, self._store, keys, OWN_BYTES_MAX))
+        found = {key: value for key, value in pairs if value is not None}
         answers = await self.ask_followers([key for key in keys if key not in found], lsn)
         return found | {key: answer.value for key, answer in answers.items() if answer.value is not None}
 
@@ -553,17 +554,3 @@ class Leader:
         self._tracking.detach(link.attachment)
         if self._links.get(link.copy.name) is link:
             del self._links[link.copy.name]
-
-
-def _whole_values(store: Store, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-    """Blocking."""
-    found = {}
-    with store.backend.snapshot() as reader:
-        for key in keys:
-            try:
-                value = reader.get(key)
-            except StoreDamaged:
-                continue
-            if value is not None and fmt.is_whole(key, value):
-                found[key] = value
-    return found

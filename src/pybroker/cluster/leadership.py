@@ -133,7 +133,9 @@ class Leadership:
             await self.leader.wait_caught_up()
         self.resigned = True
         self.leader.step_down("handed over")
-        with trio.move_on_after(self._config.handover_timeout, shield=True):  # from the end of the leadership, which has begun
+        with trio.move_on_after(
+            self._config.handover_timeout, shield=True
+        ):  # from the end of the leadership, which has begun
             try:
                 view = self._nodes.view  # the others wait: what was read last will do if it was the last
                 while writes := election.resign(view, self.record):

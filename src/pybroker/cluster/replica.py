@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -115,18 +115,6 @@ class Replica:
                     leading.taken = True
                     return term
             await self._changed.wait()
-
-    async def changes(self) -> AsyncIterator[tuple[str, int]]:
-        """The role and its epoch, now and at each change."""
-        shown: tuple[str, int] | None = None
-        while True:
-            changed = self._changed
-            now = (self.role, self.epoch)
-            if now != shown:
-                shown = now
-                yield now
-            else:
-                await changed.wait()
 
     async def wait_role_change(self, seen: tuple[str, int]) -> tuple[str, int]:
         """Wait until the role or its epoch is another one than `seen`."""
