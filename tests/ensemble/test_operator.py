@@ -114,12 +114,13 @@ def test_a_set_that_zookeeper_has_forgotten_starts_by_force_with_what_is_there(
     first.start()
     second.start()
 
-    def blocked() -> str:
-        found = [member.status("replica-status") or {"blocked": ""} for member in (first, second)]
-        return next((str(row["blocked"]) for row in found if row["blocked"]), "")
+    def blocked() -> ReplicaProcess | None:
+        for member in (first, second):
+            if "pybroker replica force-start" in (member.status("replica-status") or {}).get("blocked", ""):
+                return member
+        return None
 
-    assert "pybroker replica force-start" in members.wait("it is blocked, and says so", blocked)
-    best = next(member for member in (first, second) if (member.status("replica-status") or {})["blocked"])
+    best = members.wait("one of them is blocked, and says what to do", blocked)
     replica(best, "force-start", "--yes")
     new = members.wait_leader()
     assert new.roles[-1][1] > epoch + 2**31
