@@ -112,9 +112,7 @@ class Replicated:
 
         async def force_start(_: Mapping[str, Any]) -> Any:
             replica.force_start()
-            seen = self.role
-            while seen[0] != LEADER:
-                seen = await self.wait_role_change(seen)
+            await replica.wait_forced()
             return replica.status()
 
         return {

@@ -55,9 +55,13 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """Why no election is possible whoever stands, though it may look so: shown to the operator."""
+    """Why no election is possible whoever stands, though it may look so: shown to the operator.
+
+    `better`: a start by force is possible, but by that replica, which has more.
+    """
 
     reason: str
+    better: str = ""
 
 
 def quorum(replicas: int) -> int:
@@ -247,7 +251,9 @@ def _propose_anew(
         )
     if not standing or standing[0][0] != me.name:
         best = standing[0][0] if standing else ""
-        return Blocked(f"the start can't be forced here: replica {best} has more, ask it") if forced and best else None
+        if not forced or not best:
+            return None
+        return Blocked(f"the start can't be forced here: replica {best} has more, or goes first: force it there", best)
     assert view.roster_version is not None
     writes: list[Write] = [_emptied(name, slot, version) for name, slot, version in standing]
     roster = {name: slot.incarnation for name, slot, _ in standing[:replicas]}

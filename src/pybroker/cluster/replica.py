@@ -94,6 +94,7 @@ class Replica:
         self._asleep = asleep
         self._changed = trio.Event()
         self._forced = trio.Event()
+        self._better = ""  # a start can be forced, but by that replica
         self._unreachable: dict[str, float] = {}  # attempt of a leader that did not answer -> until when it isn't tried
         self._resigned_until = 0.0  # others may go first until then
         self._failures = 0  # of the store, one soon after the other
@@ -167,7 +168,16 @@ class Replica:
                 f"ZooKeeper shows replica {shown.name} as the leader: stop it; when its session has ended, force the start"
             )
         self.forced = True
+        self._better = ""
         self._forced.set()
+
+    async def wait_forced(self) -> None:
+        """Wait until the forced start has led to a leader. Raises BrokerError, and forces nothing, when another has more."""
+        while self.role not in (LEADER, FOLLOWER):
+            if self._better:
+                self.forced = False
+                raise BrokerError(self.blocked)
+            await self._changed.wait()
 
     @property
     def store(self) -> Store | None:
@@ -373,7 +383,8 @@ class Replica:
         record = LeaderRecord(0, self.name, attempt, self.address, self.clients())
         now = trio.current_time()
         proposal = election.propose(view, me, self.config.replicas, record, forced=self.forced)
-        self.blocked = proposal.reason if isinstance(proposal, Blocked) else ""
+        self.blocked, self._better = (proposal.reason, proposal.better) if isinstance(proposal, Blocked) else ("", "")
+        self._notify()
         delay = None
         if isinstance(proposal, Proposal):
             delay = election.rank(view, me) * self.config.election_step + max(0.0, self._resigned_until - now)
