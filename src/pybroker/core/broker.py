@@ -20,11 +20,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits
-from pybroker.core import mending, retiring, transactions
-from pybroker.core.consumer import ACK_MODES, AUTO, CUMULATIVE, Connection, Consumer
+from pybroker.core import mending, retiring, subscriptions, transactions
+from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
-from pybroker.core.queue import BACKLOG, DELETED, QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.queue import QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBodies
 from pybroker.core.topics import SubscriptionTree
@@ -36,13 +36,11 @@ from pybroker.errors import (
     InvalidMessage,
     LimitExceeded,
     SlowConsumer,
-    SubscriptionError,
     UnknownDelivery,
 )
 from pybroker.message import PRIORITY_MAX, Message
 from pybroker.operations import (
     DELETE_MESSAGE,
-    DELETE_QUEUE,
     PUT_BODY,
     PUT_MESSAGE,
     PUT_QUEUE,
@@ -105,7 +103,7 @@ class Core:
         self._last_id = first_id - 1
         self.dirty: list[Queue] = []  # queues whose descriptor in the store is out of date
         self.by_destination: dict[str, Queue] = {}
-        self._subscriptions: dict[tuple[str, str], Queue] = {}
+        self.subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
         self._tree: SubscriptionTree[Queue] = SubscriptionTree()
         self._shrink_next: list[int] = []
@@ -122,7 +120,7 @@ class Core:
         if queue.kind == QUEUE:
             self.by_destination[f"/queue/{queue.name}"] = queue
         elif queue.kind == SUBSCRIPTION:
-            self._subscriptions[queue.client_id, queue.subscription] = queue
+            self.subscriptions[queue.client_id, queue.subscription] = queue
             self._tree.add(tuple(queue.name.split(".")), queue)
         else:
             queue.empty()
@@ -161,124 +159,13 @@ class Core:
         for consumer in list(connection.consumers):
             self.unsubscribe(consumer)
 
-    def subscribe(
-        self,
-        connection: Connection,
-        destination: str,
-        ack_mode: str,
-        *,
-        prefetch: int | None = None,
-        durable_name: str | None = None,
-        client_id: str | None = None,
-        context: Any = None,
-    ) -> Consumer:
-        """Make a consumer of a queue or topic; what is ready is dispatched by `start`.
+    # consumers: see subscriptions.py
 
-        `durable_name` (with a client id) makes a durable subscription of a topic, or takes up the one that is there.
-        Raises SubscriptionError, InvalidDestination, LimitExceeded.
-        """
-        limits = self.limits
-        if len(connection.consumers) >= limits.subscriptions_max:
-            raise LimitExceeded("limits.subscriptions_max", limits.subscriptions_max, "too many subscriptions")
-        if ack_mode not in ACK_MODES:
-            raise SubscriptionError(f"acknowledgement mode {ack_mode!r} is not one of {', '.join(ACK_MODES)}")
-        if prefetch is None:
-            prefetch = limits.prefetch_auto_default if ack_mode == AUTO else limits.prefetch_default
-        elif prefetch < 1:
-            raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
-        prefetch = min(prefetch, limits.prefetch_max)
-        target = parse_destination(destination)
-        if target.kind == QUEUE:
-            if durable_name is not None:
-                raise SubscriptionError(
-                    f"a durable subscription is for a topic; {destination} keeps its messages anyway"
-                )
-            if target.is_pattern:
-                raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
-            queue = self.queue(target)
-        elif durable_name is not None:
-            queue = self._durable_subscription(target, client_id or connection.client_id, durable_name)
-        else:
-            queue = self._new_queue(BACKLOG, target.name)
-            self._route(queue)
-        consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context)
-        connection.consumers[consumer] = None
-        queue.consumers.add(consumer)
-        return consumer
-
-    def start(self, consumer: Consumer) -> None:
-        """Let a new consumer take part in the dispatch (apart from `subscribe`, so that the caller can prepare for it)."""
-        consumer.queue.list_consumer(consumer)
-        consumer.queue.dispatch()
-
-    def _durable_subscription(self, target: Destination, client_id: str, name: str) -> Queue:
-        if not client_id:
-            raise SubscriptionError(f"durable subscription {name!r} needs a client id: give one when you connect")
-        queue = self._subscriptions.get((client_id, name))
-        if queue is None:
-            queue = self._new_queue(SUBSCRIPTION, target.name, client_id, name)
-            self._subscriptions[client_id, name] = queue
-            self._route(queue)
-            self.touch(queue)
-        elif queue.name != target.name:
-            raise SubscriptionError(
-                f"durable subscription {name!r} of client {client_id!r} is for /topic/{queue.name}: "
-                "unsubscribe it first, or use another name"
-            )
-        elif queue.consumers:
-            raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")
-        return queue
-
-    def unsubscribe(self, consumer: Consumer) -> None:
-        """End a consumer: its unacknowledged messages return. A durable subscription goes on collecting."""
-        queue = consumer.queue
-        if consumer not in queue.consumers:
-            return
-        queue.unlist_consumer(consumer)
-        queue.consumers.discard(consumer)
-        consumer.connection.consumers.pop(consumer, None)
-        entries = list(consumer.unacked.values())
-        consumer.unacked.clear()
-        consumer.credit = 0
-        if queue.kind == BACKLOG:
-            self._drop_backlog(queue, entries)
-        else:
-            queue.put_back(entries)
-            queue.dispatch()
-
-    def remove_subscription(self, client_id: str, name: str) -> None:
-        """Delete a durable subscription and what it has collected. Its consumer must have left."""
-        queue = self._subscriptions.get((client_id, name))
-        if queue is None:
-            raise SubscriptionError(f"there is no durable subscription {name!r} of client {client_id!r}")
-        if queue.consumers:
-            raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")
-        del self._subscriptions[client_id, name]
-        self._unroute(queue)
-        queue.kind = DELETED
-        if not queue.dirty:
-            self.touch(queue)
-        queue.empty()
-
-    def deleted(self, queue: Queue) -> None:
-        """The last message of a deleted subscription is gone."""
-        if self.queues.pop(queue.queue_id, None) is not None:
-            if queue.dirty:
-                self.dirty.remove(queue)
-            queue.dirty = True  # never again
-            self.operations.append((DELETE_QUEUE, queue.queue_id))
-
-    def _drop_backlog(self, queue: Queue, entries: list[Entry]) -> None:
-        self._unroute(queue)
-        for entry in [*entries, *queue.window, *(queue.page.added.values() if queue.page else ())]:
-            queue.outstanding.pop(entry.order, None)
-            queue.forget(entry)
-        del self.queues[queue.queue_id]
-        if queue.spooled:
-            self.count_spooled(queue, -queue.spooled, -queue.spooled_size)
-            self.spool_operations.append((DELETE_QUEUE, queue.queue_id))
-            for entry in queue.outstanding.values():  # settled in transactions: not to be taken out of the spool again
-                entry.spooled = False
+    subscribe = subscriptions.subscribe
+    start = subscriptions.start
+    unsubscribe = subscriptions.unsubscribe
+    remove_subscription = subscriptions.remove_subscription
+    deleted = subscriptions.deleted
 
     def pause(self, connection: Connection) -> None:
         """Give nothing more to a connection whose outbox is full."""
@@ -306,11 +193,11 @@ class Core:
         """The queue of that name, made when there is none."""
         queue = self.by_destination.get(str(target))
         if queue is None:
-            queue = self._new_queue(QUEUE, target.name)
+            queue = self.new_queue(QUEUE, target.name)
             self.by_destination[str(target)] = queue
         return queue
 
-    def _new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
+    def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
         limit = self.limits.destinations_max
         if len(self.queues) >= limit:
             raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
@@ -325,11 +212,11 @@ class Core:
         self._last_id += 1
         return self._last_id
 
-    def _route(self, queue: Queue) -> None:
+    def route(self, queue: Queue) -> None:
         self._tree.add(tuple(queue.name.split(".")), queue)
         self._topics.clear()
 
-    def _unroute(self, queue: Queue) -> None:
+    def unroute(self, queue: Queue) -> None:
         self._tree.remove(tuple(queue.name.split(".")), queue)
         self._topics.clear()
 

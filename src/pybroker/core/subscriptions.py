@@ -1,0 +1,139 @@
+"""Who consumes what: consumers and durable subscriptions, how they come and how they leave. A part of `Core`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
+from pybroker.core.entry import Entry
+from pybroker.core.queue import BACKLOG, DELETED, SUBSCRIPTION, Queue
+from pybroker.destination import QUEUE, Destination, parse_destination
+from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
+from pybroker.operations import DELETE_QUEUE
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+
+def subscribe(
+    core: Core,
+    connection: Connection,
+    destination: str,
+    ack_mode: str,
+    *,
+    prefetch: int | None = None,
+    durable_name: str | None = None,
+    client_id: str | None = None,
+    context: Any = None,
+) -> Consumer:
+    """Make a consumer of a queue or topic; what is ready is dispatched by `start`.
+
+    `durable_name` (with a client id) makes a durable subscription of a topic, or takes up the one that is there.
+    Raises SubscriptionError, InvalidDestination, LimitExceeded.
+    """
+    limits = core.limits
+    if len(connection.consumers) >= limits.subscriptions_max:
+        raise LimitExceeded("limits.subscriptions_max", limits.subscriptions_max, "too many subscriptions")
+    if ack_mode not in ACK_MODES:
+        raise SubscriptionError(f"acknowledgement mode {ack_mode!r} is not one of {', '.join(ACK_MODES)}")
+    if prefetch is None:
+        prefetch = limits.prefetch_auto_default if ack_mode == AUTO else limits.prefetch_default
+    elif prefetch < 1:
+        raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
+    prefetch = min(prefetch, limits.prefetch_max)
+    target = parse_destination(destination)
+    if target.kind == QUEUE:
+        if durable_name is not None:
+            raise SubscriptionError(f"a durable subscription is for a topic; {destination} keeps its messages anyway")
+        if target.is_pattern:
+            raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
+        queue = core.queue(target)
+    elif durable_name is not None:
+        queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name)
+    else:
+        queue = core.new_queue(BACKLOG, target.name)
+        core.route(queue)
+    consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context)
+    connection.consumers[consumer] = None
+    queue.consumers.add(consumer)
+    return consumer
+
+
+def start(core: Core, consumer: Consumer) -> None:
+    """Let a new consumer take part in the dispatch (apart from `subscribe`, so that the caller can prepare for it)."""
+    consumer.queue.list_consumer(consumer)
+    consumer.queue.dispatch()
+
+
+def _durable_subscription(core: Core, target: Destination, client_id: str, name: str) -> Queue:
+    if not client_id:
+        raise SubscriptionError(f"durable subscription {name!r} needs a client id: give one when you connect")
+    queue = core.subscriptions.get((client_id, name))
+    if queue is None:
+        queue = core.new_queue(SUBSCRIPTION, target.name, client_id, name)
+        core.subscriptions[client_id, name] = queue
+        core.route(queue)
+        core.touch(queue)
+    elif queue.name != target.name:
+        raise SubscriptionError(
+            f"durable subscription {name!r} of client {client_id!r} is for /topic/{queue.name}: "
+            "unsubscribe it first, or use another name"
+        )
+    elif queue.consumers:
+        raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")
+    return queue
+
+
+def unsubscribe(core: Core, consumer: Consumer) -> None:
+    """End a consumer: its unacknowledged messages return. A durable subscription goes on collecting."""
+    queue = consumer.queue
+    if consumer not in queue.consumers:
+        return
+    queue.unlist_consumer(consumer)
+    queue.consumers.discard(consumer)
+    consumer.connection.consumers.pop(consumer, None)
+    entries = list(consumer.unacked.values())
+    consumer.unacked.clear()
+    consumer.credit = 0
+    if queue.kind == BACKLOG:
+        _drop_backlog(core, queue, entries)
+    else:
+        queue.put_back(entries)
+        queue.dispatch()
+
+
+def remove_subscription(core: Core, client_id: str, name: str) -> None:
+    """Delete a durable subscription and what it has collected. Its consumer must have left."""
+    queue = core.subscriptions.get((client_id, name))
+    if queue is None:
+        raise SubscriptionError(f"there is no durable subscription {name!r} of client {client_id!r}")
+    if queue.consumers:
+        raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")
+    del core.subscriptions[client_id, name]
+    core.unroute(queue)
+    queue.kind = DELETED
+    if not queue.dirty:
+        core.touch(queue)
+    queue.empty()
+
+
+def deleted(core: Core, queue: Queue) -> None:
+    """The last message of a deleted subscription is gone."""
+    if core.queues.pop(queue.queue_id, None) is not None:
+        if queue.dirty:
+            core.dirty.remove(queue)
+        queue.dirty = True  # never again
+        core.operations.append((DELETE_QUEUE, queue.queue_id))
+
+
+def _drop_backlog(core: Core, queue: Queue, entries: list[Entry]) -> None:
+    core.unroute(queue)
+    for entry in [*entries, *queue.window, *(queue.page.added.values() if queue.page else ())]:
+        queue.outstanding.pop(entry.order, None)
+        queue.forget(entry)
+    del core.queues[queue.queue_id]
+    if queue.spooled:
+        core.count_spooled(queue, -queue.spooled, -queue.spooled_size)
+        core.spool_operations.append((DELETE_QUEUE, queue.queue_id))
+        for entry in queue.outstanding.values():  # settled in transactions: not to be taken out of the spool again
+            entry.spooled = False
