@@ -29,6 +29,20 @@ class StompLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLimits:
+    """What one connection of the native protocol may ask for. (Of bodies: `StompLimits.body_bytes_max` holds for all.)"""
+
+    frame_bytes_max: int = 72 * 1024 * 1024  # one frame; a transaction, or a body with its headers, must fit into one
+    handshake_bytes_max: int = 65_536  # one frame before the peer was let in
+    connect_timeout: float = 10.0  # seconds from accepting a connection to its first frame (TLS hand-shake included)
+    heartbeat_interval: float = 5.0  # seconds: a side that has sent nothing for so long says that it is there
+    heartbeat_timeout: float = 15.0  # seconds of silence after which a connection counts as broken
+    send_messages_max: int = 10_000  # sends of one connection that may wait for their confirmation
+    send_bytes_max: int = 16 * 1024 * 1024  # bytes of these (one message always may)
+    write_timeout: float = 30.0  # seconds for which a peer may take no bytes while the broker closes its connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What connections, transactions, consumers and the broker as a whole may use."""
 
@@ -53,7 +67,12 @@ class Limits:
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
-    turn_messages_max: int = 512  # frames of one connection handled before others get their turn
+    turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn
+    producers_max: int = (
+        20_000  # producers whose stored sequences are remembered; the one unused for longest goes first
+    )
+    producer_ranges_max: int = 64  # gaps in the stored sequences of one producer; more, and its oldest become doubtful
+    producer_retention: float = 604_800.0  # seconds for which the stored sequences of an unused producer are remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +130,53 @@ class ReplicaSetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """Membership in a network of brokers, each of which serves (DESIGN.md section 6). Links use the native listeners.
+
+    name        of this broker in the network, the same for all members of a replica set; "" = the set's name, or the broker's
+    group       brokers link only with those of their own group
+    discovery   ``multicast://ADDRESS:PORT?group=G&interface=IP``; "" = none. G, where given, is the group
+    peers       addresses to link with, each ``pybroker[+ssl]://HOST:PORT`` or several of one set, divided by commas
+    advertise   native URLs under which others reach this broker; () = what was bound
+    secret      shared by the group: announcements are signed, and both ends of each link prove that they know it; "" = no proof
+    certificate, key, peer_ca  PEM files that this broker's links show and check where they dial ``pybroker+ssl``
+    allow       what may be done without beyond loopback: "plaintext" (no TLS), "anonymous" (no secret)
+    include, exclude  patterns of destinations (``/queue/a.>``) that cross links; () = all; exclude goes before include
+    """
+
+    name: str = ""
+    group: str = "default"
+    discovery: str = ""
+    peers: tuple[str, ...] = ()
+    advertise: tuple[str, ...] = ()
+    secret: str = field(default="", repr=False)
+    certificate: Path | None = None
+    key: Path | None = None
+    peer_ca: Path | None = None
+    allow: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    announce_interval: float = 0.5  # seconds between two announcements
+    peer_timeout_intervals: float = 10.0  # a peer unheard of for so many intervals is gone
+    peers_max: int = 1_000  # peers in the table
+    hops_max: int = 16  # brokers that a message may pass; then it stays where it is
+    link_messages_max: int = 2_000  # messages that are on their way to one peer, unconfirmed
+    link_bytes_max: int = 8 * 1024 * 1024  # bytes of these (one message always may)
+    demand_backlog_max: int = 1_000  # ready messages of a queue from which on this broker asks for no more of others
+    heartbeat_interval: float = 0.5  # seconds: a side of a link that has sent nothing for so long says that it is there
+    heartbeat_timeout: float = 3.0  # seconds of silence after which a link counts as broken
+    retry_interval: float = 0.2  # seconds between two tries to reach a peer, doubling
+    retry_interval_max: float = 5.0  # up to this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerConfig:
     """One broker.
 
     name        shown in status and in errors
     data_dir    directory of the LevelDB store; None keeps everything in memory, and the broker says so
-    listen      listener URLs: ``stomp://HOST:PORT`` and
-                ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``; port 0 takes a free one.
+    listen      listener URLs: ``stomp://HOST:PORT``, ``pybroker://HOST:PORT`` (the native protocol), and
+                ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``, ``pybroker+ssl://``; port 0 takes a free one.
                 Beyond loopback ``?allow=plaintext,anonymous`` must be said by name.
     users       user name to password hash (made by ``pybroker hash-password``)
     anonymous   whether a CONNECT without login is let in
@@ -126,6 +185,7 @@ class BrokerConfig:
     reopen_delay, reopen_delay_max  seconds before a failed store is opened again, doubling up to the second
     replica_set  membership in a replica set (needs ``data_dir``, a ``name`` of its own, and lets only the leader open
                 the listeners); None = a broker on its own
+    network     membership in a network of brokers; None = a broker that others can't find
     """
 
     name: str = "pybroker"
@@ -138,6 +198,8 @@ class BrokerConfig:
     reopen_delay: float = 0.1
     reopen_delay_max: float = 10.0
     stomp: StompLimits = StompLimits()
+    native: NativeLimits = NativeLimits()
     limits: Limits = Limits()
     delivery: DeliveryPolicy = DeliveryPolicy()
     replica_set: ReplicaSetConfig | None = None
+    network: NetworkConfig | None = None

@@ -104,8 +104,18 @@ class NotLeader(BrokerClosed):
         self.urls = urls
 
 
+class BrokerUnavailable(BrokerError):
+    """No broker could be reached within the time that was set for it; what was asked for was not sent."""
+
+    code = "unavailable"
+
+
 class SendInDoubt(BrokerError):
-    """The journal failed while the send or acknowledgement was under way: it may or may not be stored."""
+    """It is not known whether a send, an acknowledgement or a transaction was stored.
+
+    The journal failed while it was under way; or the connection was lost, and the broker that answers now does not know
+    (or not any more) what this producer sent.
+    """
 
     code = "in-doubt"
 

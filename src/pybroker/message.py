@@ -7,6 +7,7 @@ Headers are kept as one *header block*: lines ``name:value`` that end in a line 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from pybroker.errors import InvalidMessage
 
@@ -14,6 +15,21 @@ PRIORITY_DEFAULT = 4
 PRIORITY_MAX = 9
 
 _ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", ":": "\\c"})
+
+
+class Route(NamedTuple):
+    """What a message remembers of its way through a network of brokers (DESIGN.md section 6).
+
+    passed      the brokers that had it before this one, in order; one may be there more than once
+    targets     topics: the brokers that this copy is for; a queue's message is for whoever consumes it
+    deliveries  deliveries of it that had ended without an acknowledgement when it was forwarded
+    priority    as it was sent: on a link, messages keep the order in which they were forwarded
+    """
+
+    passed: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    deliveries: int = 0
+    priority: int = PRIORITY_DEFAULT
 
 
 class Message:
@@ -25,9 +41,11 @@ class Message:
     durable       kept on disk before it is confirmed
     priority      0 (low) to 9 (high)
     expires       milliseconds since the Unix epoch after which it is not delivered; 0 = never
-    message_id    given by the core at the first acceptance; unchanged on redelivery
+    message_id    given at the first acceptance (by the core, or by a producer of its own); unchanged on redelivery and by
+                  forwarding
     timestamp     milliseconds since the Unix epoch when the core accepted it
     size          bytes that it is counted with in every limit: header block and body
+    route         its way through a network of brokers, None for a message that was sent here
     holders       how many queue entries in memory refer to it; only the core counts here
     """
 
@@ -40,6 +58,7 @@ class Message:
         "holders",
         "message_id",
         "priority",
+        "route",
         "size",
         "timestamp",
     )
@@ -54,6 +73,7 @@ class Message:
         expires: int = 0,
         message_id: bytes = b"",
         timestamp: int = 0,
+        route: Route | None = None,
     ) -> None:
         self.destination = destination
         self.body = body
@@ -63,6 +83,7 @@ class Message:
         self.expires = expires
         self.message_id = message_id
         self.timestamp = timestamp
+        self.route = route
         self.size = len(header_block) + len(body)
         self.holders = 0
 

@@ -21,6 +21,10 @@ PUT_REFERENCE = 7  # (PUT_REFERENCE, queue_id, order, body_id, expires, size)
 PUT_QUEUE = 8  # (PUT_QUEUE, QueueRecord)
 DELETE_QUEUE = 9  # (DELETE_QUEUE, queue_id): the descriptor only; its messages are deleted by their own operations
 PUT_VALUE = 10  # (PUT_VALUE, key, value): a whole value for a bad one, as another copy of the store has it
+PUT_PRODUCER = 11  # (PUT_PRODUCER, ProducerRecord)
+DELETE_PRODUCER = 12  # (DELETE_PRODUCER, producer_id)
+PUT_PEER = 13  # (PUT_PEER, PeerRecord)
+DELETE_PEER = 14  # (DELETE_PEER, name)
 
 SEQUENCE_BITS = 56
 SEQUENCE_MASK = (1 << SEQUENCE_BITS) - 1
@@ -39,9 +43,10 @@ class QueueRecord:
     """A queue's (or durable subscription's) descriptor. Written with each batch that touches the queue.
 
     queue_id       unsigned 64 bits, never used again, also when the queue is deleted
-    kind           ``"queue"``, ``"subscription"``, or ``"deleted"``: one whose messages are still being removed
-    name           the queue's name; for a subscription the topic's name or pattern
-    client_id      owner of a durable subscription, else ""
+    kind           ``"queue"``, ``"subscription"``, ``"link"`` (what is on its way to another broker), or ``"deleted"``: one
+                   whose messages are still being removed
+    name           the queue's name; for a subscription the topic's name or pattern; for a link the other broker's name
+    client_id      owner of a durable subscription; for a link its namespace, in which a sequence is never used again; else ""
     subscription   name of a durable subscription, else ""
     next_sequence  the sequence that the next message will get
     count, size    durable messages in the queue, and their bytes (`Message.size`)
@@ -59,6 +64,35 @@ class QueueRecord:
     size: int = 0
     head: int = 0
     dispatched: tuple[int, ...] = (0,) * LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerRecord:
+    """Which sends of one producer are stored. Written with each batch that stores one of them.
+
+    producer_id  unique, and hard to guess: made by the producer
+    ranges       the sequences that were stored: first, last, first, last, ..., rising, with gaps between them
+    floor        of sequences below it nobody knows any more whether they were stored
+    last_used    milliseconds since the Unix epoch
+    """
+
+    producer_id: str
+    ranges: tuple[int, ...] = ()
+    floor: int = 0
+    last_used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """Another broker of the network, and the durable demand that holds also while it can't be reached.
+
+    name    of the broker, or of its replica set
+    demand  (topic pattern without ``/topic/``, the broker with the durable subscription, brokers on the way there from the
+            peer, which comes first, to that broker, which comes last)
+    """
+
+    name: str
+    demand: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,385 @@
+"""Frames of the native protocol from bytes: checks types and ranges of all that a peer says (NATIVE.md). Pure.
+
+What a frame means, and whether it may come now, is the session's. Everything that is not as it should be is a `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any
+
+import msgpack
+
+from pybroker.errors import InvalidMessage, LimitExceeded, ProtocolError
+from pybroker.message import PRIORITY_MAX, Message, decode_headers, encode_headers
+from pybroker.protocols import native_frames as wire
+from pybroker.protocols.native_frames import (
+    DURABLE,
+    MAGIC,
+    NUMBER_MAX,
+    TEXT_MAX,
+    Ack,
+    Beat,
+    Bye,
+    Commit,
+    Confirm,
+    Credit,
+    Deliver,
+    Done,
+    Ended,
+    Error,
+    Failed,
+    Frame,
+    Hello,
+    Members,
+    Nack,
+    Ranges,
+    Refused,
+    Remove,
+    Send,
+    Subscribe,
+    Unsubscribe,
+    Welcome,
+)
+
+HEADER_BLOCKS_MAX = 256  # header blocks that are remembered as well formed
+HEADER_BLOCK_REMEMBERED = 2_048  # bytes of the longest one of these
+
+_length = Struct(">I")
+
+
+class HeaderBlocks:
+    """Knows which header blocks are well formed: as `encode_headers` writes them. Producers repeat theirs."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: set[bytes] = {b""}
+
+    def check(self, block: object) -> bytes:
+        """The block; raises ProtocolError."""
+        if block in self._known:
+            return block  # type: ignore[return-value]
+        if not isinstance(block, bytes):
+            raise ProtocolError("a header block must be bytes")
+        try:
+            whole = encode_headers(decode_headers(block)) == block
+        except (InvalidMessage, UnicodeDecodeError):
+            whole = False
+        if not whole:
+            raise ProtocolError(
+                "a header block is lines name:value, UTF-8 with the escapes of STOMP 1.2, and this is not one"
+            )
+        if len(block) <= HEADER_BLOCK_REMEMBERED:
+            if len(self._known) >= HEADER_BLOCKS_MAX:
+                self._known = {b""}
+            self._known.add(block)
+        return block
+
+
+def number(value: Any, what: str, low: int = 0, high: int = NUMBER_MAX) -> int:
+    """The value, if it is a whole number in that range; raises ProtocolError."""
+    if value.__class__ is not int or not low <= value <= high:
+        raise ProtocolError(f"{what} must be a whole number from {low} to {high}")
+    return value
+
+
+def text(value: Any, what: str, length_max: int = TEXT_MAX) -> str:
+    """The value, if it is text and not too long; raises ProtocolError."""
+    if value.__class__ is not str or len(value) > length_max:
+        raise ProtocolError(f"{what} must be text of at most {length_max} characters")
+    return value
+
+
+def array(value: Any, what: str) -> tuple[Any, ...]:
+    if value.__class__ is not tuple:
+        raise ProtocolError(f"{what} must be an array")
+    return value
+
+
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    if value.__class__ is not dict or any(key.__class__ is not str for key in value):
+        raise ProtocolError(f"{what} must be a map with texts as keys")
+    return value
+
+
+def ranges_of(value: Any) -> list[tuple[int, int]]:
+    """Ranges from first, last, first, last, ...: rising, without overlap."""
+    flat = array(value, "ranges")
+    if not flat or len(flat) % 2:
+        raise ProtocolError("ranges must be pairs of numbers, at least one")
+    found = []
+    before = -1
+    for first, last in zip(flat[::2], flat[1::2], strict=True):
+        if first.__class__ is not int or last.__class__ is not int or not before < first <= last <= NUMBER_MAX:
+            raise ProtocolError("ranges must be rising pairs of numbers, first and last")
+        found.append((first, last))
+        before = last
+    return found
+
+
+def message_fields(destination: Any, body: Any, flags: Any, expires: Any) -> tuple[str, bytes, bool, int, int]:
+    """What every form of a message has: destination, body, durable, priority, expires; raises ProtocolError."""
+    if destination.__class__ is not str or body.__class__ is not bytes:
+        raise ProtocolError("a message's destination must be text, and its body bytes")
+    if flags.__class__ is not int or flags & ~DURABLE > PRIORITY_MAX or flags < 0:
+        raise ProtocolError(
+            f"a message's flags must be its priority, 0 to {PRIORITY_MAX}, with {DURABLE} added if it is durable"
+        )
+    if expires.__class__ is not int or not 0 <= expires <= NUMBER_MAX:
+        raise ProtocolError("a message's expires must be milliseconds since the Unix epoch, or 0")
+    return destination, body, flags >= DURABLE, flags & ~DURABLE, expires
+
+
+def _messages(value: Any, blocks: HeaderBlocks) -> list[Message]:
+    found = []
+    check = blocks.check
+    for row in array(value, "messages"):
+        if row.__class__ is not tuple or len(row) != 5:
+            raise ProtocolError("a message to be sent must be an array of 5")
+        destination, body, block, flags, expires = row
+        fields = message_fields(destination, body, flags, expires)
+        found.append(Message(fields[0], fields[1], check(block), fields[2], fields[3], fields[4]))
+    return found
+
+
+def _deliveries(value: Any, blocks: HeaderBlocks) -> list[tuple[Message, int]]:
+    found = []
+    check = blocks.check
+    for row in array(value, "messages"):
+        if row.__class__ is not tuple or len(row) != 8:
+            raise ProtocolError("a delivery must be an array of 8")
+        destination, body, block, flags, expires, message_id, timestamp, deliveries = row
+        fields = message_fields(destination, body, flags, expires)
+        if message_id.__class__ is not bytes:
+            raise ProtocolError("a message id must be bytes")
+        number(timestamp, "timestamp")
+        number(deliveries, "deliveries")
+        message = Message(fields[0], fields[1], check(block), fields[2], fields[3], fields[4], message_id, timestamp)
+        found.append((message, deliveries))
+    return found
+
+
+def _settlements(value: Any) -> dict[int, Ranges]:
+    found: dict[int, Ranges] = {}
+    for each in array(value, "settlements"):
+        subscription, ranges = _fields(array(each, "a settlement"), 2)
+        found[number(subscription, "subscription")] = ranges_of(ranges)
+    return found
+
+
+def _fields(fields: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    if len(fields) != count:
+        raise ProtocolError(f"{count} fields are expected, not {len(fields)}")
+    return fields
+
+
+def _hello(fields: tuple[Any, ...], _: HeaderBlocks) -> Hello:
+    magic, versions, options = _fields(fields, 3)
+    if magic != MAGIC:
+        raise ProtocolError(f"a HELLO must say {MAGIC!r}")
+    spoken = array(versions, "versions")
+    for each in spoken:
+        number(each, "a version")
+    return Hello(spoken, mapping(options, "options"))
+
+
+def _welcome(fields: tuple[Any, ...], _: HeaderBlocks) -> Welcome:
+    version, options = _fields(fields, 2)
+    return Welcome(number(version, "version"), mapping(options, "options"))
+
+
+def _error(fields: tuple[Any, ...], _: HeaderBlocks) -> Error:
+    code, said, details = _fields(fields, 3)
+    return Error(text(code, "code", 64), text(said, "text"), mapping(details, "details"))
+
+
+def _bye(fields: tuple[Any, ...], _: HeaderBlocks) -> Bye:
+    _fields(fields, 0)
+    return Bye()
+
+
+def _beat(fields: tuple[Any, ...], _: HeaderBlocks) -> Beat:
+    _fields(fields, 0)
+    return Beat()
+
+
+def _send(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Send:
+    first, messages = _fields(fields, 2)
+    found = _messages(messages, blocks)
+    if not found:
+        raise ProtocolError("a SEND must have at least one message")
+    return Send(number(first, "sequence", 1, NUMBER_MAX - len(found)), found)
+
+
+def _commit(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Commit:
+    sequence, messages, acks, nacks = _fields(fields, 4)
+    found = _messages(messages, blocks)
+    return Commit(number(sequence, "sequence", 1), found, _settlements(acks), _settlements(nacks))
+
+
+def _subscribe(fields: tuple[Any, ...], _: HeaderBlocks) -> Subscribe:
+    request, subscription, destination, ack, prefetch, durable = _fields(fields, 6)
+    return Subscribe(
+        number(request, "request", 1),
+        number(subscription, "subscription"),
+        text(destination, "destination"),
+        text(ack, "ack", 32),
+        number(prefetch, "prefetch"),
+        text(durable, "durable"),
+    )
+
+
+def _unsubscribe(fields: tuple[Any, ...], _: HeaderBlocks) -> Unsubscribe:
+    request, subscription = _fields(fields, 2)
+    return Unsubscribe(number(request, "request", 1), number(subscription, "subscription"))
+
+
+def _ack(fields: tuple[Any, ...], _: HeaderBlocks) -> Ack:
+    request, subscription, ranges = _fields(fields, 3)
+    return Ack(number(request, "request"), number(subscription, "subscription"), ranges_of(ranges))
+
+
+def _nack(fields: tuple[Any, ...], _: HeaderBlocks) -> Nack:
+    request, subscription, ranges = _fields(fields, 3)
+    return Nack(number(request, "request"), number(subscription, "subscription"), ranges_of(ranges))
+
+
+def _credit(fields: tuple[Any, ...], _: HeaderBlocks) -> Credit:
+    subscription, prefetch = _fields(fields, 2)
+    return Credit(number(subscription, "subscription"), number(prefetch, "prefetch"))
+
+
+def _remove(fields: tuple[Any, ...], _: HeaderBlocks) -> Remove:
+    request, durable = _fields(fields, 2)
+    return Remove(number(request, "request", 1), text(durable, "durable"))
+
+
+def _confirm(fields: tuple[Any, ...], _: HeaderBlocks) -> Confirm:
+    (results,) = _fields(fields, 1)
+    found = []
+    for each in array(results, "results"):
+        first, last, stored = _fields(array(each, "a result"), 3)
+        if stored.__class__ is not bool:
+            raise ProtocolError("stored must be true or false")
+        found.append((number(first, "sequence", 1), number(last, "sequence", first), stored))
+    return Confirm(found)
+
+
+def _refused(fields: tuple[Any, ...], _: HeaderBlocks) -> Refused:
+    sequence, code, said = _fields(fields, 3)
+    return Refused(number(sequence, "sequence", 1), text(code, "code", 64), text(said, "text"))
+
+
+def _done(fields: tuple[Any, ...], _: HeaderBlocks) -> Done:
+    (request,) = _fields(fields, 1)
+    return Done(number(request, "request", 1))
+
+
+def _failed(fields: tuple[Any, ...], _: HeaderBlocks) -> Failed:
+    request, code, said = _fields(fields, 3)
+    return Failed(number(request, "request", 1), text(code, "code", 64), text(said, "text"))
+
+
+def _deliver(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Deliver:
+    subscription, first_tag, messages = _fields(fields, 3)
+    return Deliver(number(subscription, "subscription"), number(first_tag, "tag", 1), _deliveries(messages, blocks))
+
+
+def _ended(fields: tuple[Any, ...], _: HeaderBlocks) -> Ended:
+    subscription, code, said = _fields(fields, 3)
+    return Ended(number(subscription, "subscription"), text(code, "code", 64), text(said, "text"))
+
+
+def _members(fields: tuple[Any, ...], _: HeaderBlocks) -> Members:
+    (members,) = _fields(fields, 1)
+    found = {}
+    for name, urls in mapping(members, "members").items():
+        found[name] = tuple(text(url, "URL") for url in array(urls, "URLs"))
+    return Members(found)
+
+
+_DECODERS: dict[int, Callable[[tuple[Any, ...], HeaderBlocks], Frame]] = {
+    wire.HELLO: _hello,
+    wire.WELCOME: _welcome,
+    wire.ERROR: _error,
+    wire.BYE: _bye,
+    wire.BEAT: _beat,
+    wire.SEND: _send,
+    wire.COMMIT: _commit,
+    wire.SUBSCRIBE: _subscribe,
+    wire.UNSUBSCRIBE: _unsubscribe,
+    wire.ACK: _ack,
+    wire.NACK: _nack,
+    wire.CREDIT: _credit,
+    wire.REMOVE: _remove,
+    wire.CONFIRM: _confirm,
+    wire.REFUSED: _refused,
+    wire.DONE: _done,
+    wire.FAILED: _failed,
+    wire.DELIVER: _deliver,
+    wire.ENDED: _ended,
+    wire.MEMBERS: _members,
+}
+
+
+def unpack_frame(data: bytes | memoryview) -> tuple[Any, ...]:
+    """The array of a frame; raises ProtocolError."""
+    try:
+        fields = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:  # UnicodeDecodeError is a ValueError
+        raise ProtocolError(f"a frame is not msgpack: {type(error).__name__}") from None
+    if fields.__class__ is not tuple or not fields or fields[0].__class__ is not int:
+        raise ProtocolError("a frame must be an array that begins with its type")
+    return fields
+
+
+def decode_frame(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Frame:
+    """The value of a frame's array; raises ProtocolError."""
+    decoder = _DECODERS.get(fields[0])
+    if decoder is None:
+        raise ProtocolError(f"frames of type {fields[0]} are not known")
+    return decoder(fields[1:], blocks)
+
+
+class FrameCutter:
+    """Cuts a stream of bytes into frames, as msgpack arrays. `bytes_max` is the limit of the moment, named by `limit`."""
+
+    __slots__ = ("_buffer", "_from", "bytes_max", "limit")
+
+    def __init__(self, bytes_max: int, limit: str) -> None:
+        self.bytes_max = bytes_max
+        self.limit = limit
+        self._buffer = bytearray()
+        self._from = 0
+
+    def feed(self, data: bytes | bytearray) -> None:
+        self._buffer += data
+
+    def next(self) -> tuple[Any, ...] | None:
+        """The next whole frame, None when more bytes are needed. Raises LimitExceeded, ProtocolError."""
+        buffer = self._buffer
+        start = self._from + 4
+        if len(buffer) < start:
+            self._compact()
+            return None
+        (length,) = _length.unpack_from(buffer, self._from)
+        if length > self.bytes_max:
+            raise LimitExceeded(self.limit, self.bytes_max, f"a frame has {length} bytes")
+        if len(buffer) < start + length:
+            self._compact()
+            return None
+        self._from = start + length
+        with memoryview(buffer) as view, view[start : start + length] as piece:
+            return unpack_frame(piece)
+
+    def _compact(self) -> None:
+        if self._from:
+            del self._buffer[: self._from]
+            self._from = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes of a frame that is not whole."""
+        return len(self._buffer) - self._from

@@ -1,0 +1,311 @@
+"""Frames of the native protocol (NATIVE.md) as values, and their bytes. Owns the wire's shape; no state of a session.
+
+A frame is a length of four bytes, big endian, and so many bytes of msgpack: an array whose first item is the frame's type.
+`native_decoding` reads them. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from struct import Struct
+from typing import Any, NamedTuple
+
+import msgpack
+
+from pybroker.message import Message
+
+MAGIC = "pybroker"  # the second item of a HELLO
+VERSIONS = (1,)  # what is spoken, best first
+
+# ---- types of frames. On the wire: never renumber.
+
+HELLO = 1
+WELCOME = 2
+ERROR = 3
+BYE = 4
+BEAT = 5
+SEND = 10
+COMMIT = 11
+SUBSCRIBE = 12
+UNSUBSCRIBE = 13
+ACK = 14
+NACK = 15
+CREDIT = 16
+REMOVE = 17
+CONFIRM = 20
+REFUSED = 21
+DONE = 22
+FAILED = 23
+DELIVER = 24
+ENDED = 25
+MEMBERS = 26
+
+# ---- flags of a message: its priority, and this bit. On the wire: do not change.
+
+DURABLE = 16
+
+NUMBER_MAX = 2**63 - 1
+TEXT_MAX = 4_096  # characters of a text that is no header
+
+Ranges = Sequence[tuple[int, int]]  # (first, last), both included, rising
+
+
+class Hello(NamedTuple):
+    """The first frame of a client. `options`: see NATIVE.md."""
+
+    versions: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+class Welcome(NamedTuple):
+    version: int
+    options: Mapping[str, Any]
+
+
+class Error(NamedTuple):
+    """The connection ends with it."""
+
+    code: str
+    text: str
+    details: Mapping[str, Any]
+
+
+class Bye(NamedTuple):
+    """Nothing more comes from this side but what it still owes."""
+
+
+class Beat(NamedTuple):
+    """This side is there."""
+
+
+class Send(NamedTuple):
+    """Messages with the sequences `first`, `first` + 1, ..."""
+
+    first: int
+    messages: list[Message]
+
+
+class Commit(NamedTuple):
+    """A whole transaction, under one sequence. `acks`, `nacks`: subscription to ranges of delivery tags."""
+
+    sequence: int
+    messages: list[Message]
+    acks: Mapping[int, Ranges]
+    nacks: Mapping[int, Ranges]
+
+
+class Subscribe(NamedTuple):
+    """`ack`: individual, cumulative or auto; `prefetch` 0 = the broker's default; `durable` "" = not durable."""
+
+    request: int
+    subscription: int
+    destination: str
+    ack: str
+    prefetch: int
+    durable: str
+
+
+class Unsubscribe(NamedTuple):
+    request: int
+    subscription: int
+
+
+class Ack(NamedTuple):
+    """`request` 0 wants no answer."""
+
+    request: int
+    subscription: int
+    ranges: Ranges
+
+
+class Nack(NamedTuple):
+    request: int
+    subscription: int
+    ranges: Ranges
+
+
+class Credit(NamedTuple):
+    """From now on so many messages of the subscription may be with the client unacknowledged."""
+
+    subscription: int
+    prefetch: int
+
+
+class Remove(NamedTuple):
+    """Delete the durable subscription of that name."""
+
+    request: int
+    durable: str
+
+
+class Confirm(NamedTuple):
+    """(first sequence, last sequence, stored): as safe as asked; `stored`: a store has them."""
+
+    results: Sequence[tuple[int, int, bool]]
+
+
+class Refused(NamedTuple):
+    """A send or a transaction was refused, and is not stored; code in-doubt: nobody knows."""
+
+    sequence: int
+    code: str
+    text: str
+
+
+class Done(NamedTuple):
+    request: int
+
+
+class Failed(NamedTuple):
+    request: int
+    code: str
+    text: str
+
+
+class Deliver(NamedTuple):
+    """Deliveries with the tags `first_tag`, `first_tag` + 1, ...; of each the message, and how often it was delivered before."""
+
+    subscription: int
+    first_tag: int
+    messages: list[tuple[Message, int]]
+
+
+class Ended(NamedTuple):
+    """The broker ended a subscription."""
+
+    subscription: int
+    code: str
+    text: str
+
+
+class Members(NamedTuple):
+    """The brokers of the network: name to URLs for clients."""
+
+    members: Mapping[str, tuple[str, ...]]
+
+
+Frame = (
+    Hello | Welcome | Error | Bye | Beat | Send | Commit | Subscribe | Unsubscribe | Ack | Nack | Credit | Remove
+    | Confirm | Refused | Done | Failed | Deliver | Ended | Members
+)  # fmt: skip
+
+_length = Struct(">I")
+_pack = msgpack.Packer(use_bin_type=True).pack
+
+
+def pack_frame(fields: Sequence[Any]) -> bytes:
+    """A frame's bytes."""
+    data: bytes = _pack(fields)
+    return _length.pack(len(data)) + data
+
+
+# ---- to bytes
+
+
+def encode_hello(options: Mapping[str, Any], versions: Sequence[int] = VERSIONS) -> bytes:
+    return pack_frame((HELLO, MAGIC, versions, options))
+
+
+def encode_welcome(version: int, options: Mapping[str, Any]) -> bytes:
+    return pack_frame((WELCOME, version, options))
+
+
+def encode_error(code: str, text: str, details: Mapping[str, Any] | None = None) -> bytes:
+    return pack_frame((ERROR, code, text[:TEXT_MAX], details or {}))
+
+
+def encode_bye() -> bytes:
+    return pack_frame((BYE,))
+
+
+def encode_beat() -> bytes:
+    return pack_frame((BEAT,))
+
+
+def _sent(messages: Iterable[Message]) -> list[tuple[str, bytes, bytes, int, int]]:
+    return [
+        (each.destination, each.body, each.header_block, each.priority | (each.durable and DURABLE), each.expires)
+        for each in messages
+    ]
+
+
+def encode_send(first: int, messages: Iterable[Message]) -> bytes:
+    return pack_frame((SEND, first, _sent(messages)))
+
+
+def encode_commit(
+    sequence: int, messages: Iterable[Message], acks: Mapping[int, Ranges], nacks: Mapping[int, Ranges]
+) -> bytes:
+    packed = [[(subscription, _flat(ranges)) for subscription, ranges in each.items()] for each in (acks, nacks)]
+    return pack_frame((COMMIT, sequence, _sent(messages), *packed))
+
+
+def encode_subscribe(
+    request: int, subscription: int, destination: str, ack: str, prefetch: int = 0, durable: str = ""
+) -> bytes:
+    return pack_frame((SUBSCRIBE, request, subscription, destination, ack, prefetch, durable))
+
+
+def encode_unsubscribe(request: int, subscription: int) -> bytes:
+    return pack_frame((UNSUBSCRIBE, request, subscription))
+
+
+def encode_ack(request: int, subscription: int, ranges: Ranges) -> bytes:
+    return pack_frame((ACK, request, subscription, _flat(ranges)))
+
+
+def encode_nack(request: int, subscription: int, ranges: Ranges) -> bytes:
+    return pack_frame((NACK, request, subscription, _flat(ranges)))
+
+
+def encode_credit(subscription: int, prefetch: int) -> bytes:
+    return pack_frame((CREDIT, subscription, prefetch))
+
+
+def encode_remove(request: int, durable: str) -> bytes:
+    return pack_frame((REMOVE, request, durable))
+
+
+def encode_confirm(results: Sequence[tuple[int, int, bool]]) -> bytes:
+    return pack_frame((CONFIRM, results))
+
+
+def encode_refused(sequence: int, code: str, text: str) -> bytes:
+    return pack_frame((REFUSED, sequence, code, text[:TEXT_MAX]))
+
+
+def encode_done(request: int) -> bytes:
+    return pack_frame((DONE, request))
+
+
+def encode_failed(request: int, code: str, text: str) -> bytes:
+    return pack_frame((FAILED, request, code, text[:TEXT_MAX]))
+
+
+def encode_deliver(subscription: int, first_tag: int, messages: Iterable[tuple[Message, int]]) -> bytes:
+    packed = [
+        (
+            each.destination,
+            each.body,
+            each.header_block,
+            each.priority | (each.durable and DURABLE),
+            each.expires,
+            each.message_id,
+            each.timestamp,
+            deliveries,
+        )
+        for each, deliveries in messages
+    ]
+    return pack_frame((DELIVER, subscription, first_tag, packed))
+
+
+def encode_ended(subscription: int, code: str, text: str) -> bytes:
+    return pack_frame((ENDED, subscription, code, text[:TEXT_MAX]))
+
+
+def encode_members(members: Mapping[str, Sequence[str]]) -> bytes:
+    return pack_frame((MEMBERS, members))
+
+
+def _flat(ranges: Ranges) -> list[int]:
+    return [number for each in ranges for number in each]
