@@ -20,7 +20,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, ReplicaSetConfig, StompLimits
+from pybroker.config import (
+    BrokerConfig,
+    DeliveryPolicy,
+    Limits,
+    NativeLimits,
+    NetworkConfig,
+    ReplicaSetConfig,
+    StompLimits,
+)
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import ConfigurationError, InvalidDestination
 from pybroker.listeners import check_exposure, parse_listener
@@ -32,12 +40,14 @@ if TYPE_CHECKING:
 
 NESTED: dict[str, type[Any]] = {
     "stomp": StompLimits,
+    "native": NativeLimits,
     "limits": Limits,
     "delivery": DeliveryPolicy,
     "replica_set": ReplicaSetConfig,
+    "network": NetworkConfig,
 }
-OPTIONAL = {"replica_set"}  # nested ones that may be None
-SECRET = {"replica_set.secret", "replica_set.zookeeper_auth"}  # never shown
+OPTIONAL = {"replica_set", "network"}  # nested ones that may be None
+SECRET = {"replica_set.secret", "replica_set.zookeeper_auth", "network.secret"}  # never shown
 MUST_BE_GIVEN = {  # fields without a default, and what they take
     "replica_set.name": "the name of the set, which all its members give",
     "replica_set.zookeeper": "HOST:PORT[,HOST:PORT...][/CHROOT]",

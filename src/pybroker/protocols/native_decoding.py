@@ -60,7 +60,7 @@ class HeaderBlocks:
     def check(self, block: object) -> bytes:
         """The block; raises ProtocolError."""
         if block in self._known:
-            return block  # type: ignore[return-value]
+            return block
         if not isinstance(block, bytes):
             raise ProtocolError("a header block must be bytes")
         try:
