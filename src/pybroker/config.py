@@ -203,3 +203,10 @@ class BrokerConfig:
     delivery: DeliveryPolicy = DeliveryPolicy()
     replica_set: ReplicaSetConfig | None = None
     network: NetworkConfig | None = None
+
+    @property
+    def network_name(self) -> str:
+        """The name under which other brokers know this one: all members of a replica set have one together."""
+        if self.network is not None and self.network.name:
+            return self.network.name
+        return self.replica_set.name if self.replica_set is not None else self.name

@@ -7,6 +7,7 @@ with a batch is released by the journal; a failed journal ends the engine (fail-
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +36,11 @@ log = logging.getLogger("pybroker.engine")
 def wall_clock_ms() -> int:
     """Milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000
+
+
+def random_life() -> str:
+    """A name that no other engine ever had: what it forwards under it can't be taken for another's."""
+    return secrets.token_hex(8)
 
 
 class Sink(Protocol):
@@ -72,6 +78,7 @@ class Engine:
         may_show: Callable[[], bool] | None = None,
         fetch: Fetch | None = None,
         clock_ms: Callable[[], int] = wall_clock_ms,
+        life: Callable[[], str] = random_life,
     ) -> None:
         self.config = config
         self.store = store
@@ -83,6 +90,9 @@ class Engine:
             id_prefix=f"{store.store_id}-{store.starts:x}-{f'{epoch:x}-' if epoch else ''}",
             records=store.records,
             now=clock_ms(),
+            network=config.network,
+            network_name=config.network_name,
+            life=life(),
         )
         self.journal = Journal(
             store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write
@@ -131,6 +141,9 @@ class Engine:
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
             self.journal.add(operations, held, spool, bool(core.dirty))
+        if core.links.changed:
+            for link in core.links.changed:  # `flush` asks for the news
+                self._touch(link.sink)
         if self._touched:
             self._flush()
         if core.freed:
@@ -142,10 +155,15 @@ class Engine:
 
     def _deliver(self, consumer: Consumer, entry: Entry) -> None:
         sink: Sink = consumer.sink
-        if not sink.touched:
+        if not sink.touched:  # `_touch`, without the call
             sink.touched = True
             self._touched.append(sink)
         sink.deliver(consumer, entry)
+
+    def _touch(self, sink: Sink) -> None:
+        if not sink.touched:
+            sink.touched = True
+            self._touched.append(sink)
 
     def _flush(self) -> None:
         touched, self._touched = self._touched, []
@@ -170,9 +188,7 @@ class Engine:
                     self._deliver(consumer, effect)
             elif kind is tuple:
                 sink, token = effect
-                if not sink.touched:
-                    sink.touched = True
-                    self._touched.append(sink)
+                self._touch(sink)
                 sink.confirm(token)
             else:
                 self._reads_send.send_nowait(effect)

@@ -19,12 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pybroker.config import DeliveryPolicy, Limits
+from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from pybroker.core import mending, retiring, subscriptions, transactions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
-from pybroker.core.queue import QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.links import Links, Peer
+from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBodies
 from pybroker.core.topics import SubscriptionTree
@@ -45,6 +46,7 @@ from pybroker.operations import (
     PUT_MESSAGE,
     PUT_QUEUE,
     Operation,
+    PeerRecord,
     QueueRecord,
     StoredEntry,
 )
@@ -53,12 +55,13 @@ ROUTES_MAX = 10_000  # topic names whose subscribers are remembered
 
 
 class Topic:
-    """The subscribers that one topic name has at present."""
+    """The subscribers that one topic name has at present; `origins`: brokers elsewhere that have some, and the way to each."""
 
-    __slots__ = ("durable", "subscribers")
+    __slots__ = ("durable", "origins", "subscribers")
 
-    def __init__(self, subscribers: list[Queue]) -> None:
+    def __init__(self, subscribers: list[Queue], origins: dict[str, Peer]) -> None:
         self.subscribers = subscribers
+        self.origins = origins
         self.durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
 
 
@@ -73,7 +76,11 @@ class Core:
         first_id: int,
         id_prefix: str,
         records: Iterable[QueueRecord] = (),
+        peers: Iterable[PeerRecord] = (),
         now: int = 0,
+        network: NetworkConfig | None = None,
+        network_name: str = "",
+        life: str = "",
     ) -> None:
         self.limits = limits
         self.delivery = delivery
@@ -110,8 +117,10 @@ class Core:
         self.dead_letters = parse_destination(delivery.dead_letter_queue)
         if self.dead_letters.kind != QUEUE or self.dead_letters.is_pattern:
             raise InvalidDestination(f"dead_letter_queue {delivery.dead_letter_queue!r} must be one /queue/NAME")
+        self.links = Links(self, network_name, network, life)
         for record in records:
             self._restore(record)
+        self.links.restore(peers)
 
     def _restore(self, record: QueueRecord) -> None:
         queue = Queue(self, record)
@@ -122,7 +131,7 @@ class Core:
         elif queue.kind == SUBSCRIPTION:
             self.subscriptions[queue.client_id, queue.subscription] = queue
             self._tree.add(tuple(queue.name.split(".")), queue)
-        else:
+        elif queue.kind == DELETED:
             queue.empty()
 
     # ---- what the caller takes
@@ -193,15 +202,24 @@ class Core:
         """The queue of that name, made when there is none."""
         queue = self.by_destination.get(str(target))
         if queue is None:
-            queue = self.new_queue(QUEUE, target.name)
-            self.by_destination[str(target)] = queue
+            self._check_destinations()
+            queue = self.add_named_queue(target)
+        return queue
+
+    def add_named_queue(self, target: Destination) -> Queue:
+        """The queue of that name, which is not there, whatever `destinations_max` says."""
+        queue = self.by_destination[str(target)] = self.add_queue(QUEUE, target.name, "", "")
+        self.links.route(queue)
         return queue
 
     def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
+        self._check_destinations()
+        return self.add_queue(kind, name, client_id, subscription)
+
+    def _check_destinations(self) -> None:
         limit = self.limits.destinations_max
         if len(self.queues) >= limit:
             raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
-        return self.add_queue(kind, name, client_id, subscription)
 
     def add_queue(self, kind: str, name: str, client_id: str, subscription: str) -> Queue:
         queue = Queue(self, QueueRecord(self._new_id(), kind, name, client_id, subscription))
@@ -211,6 +229,10 @@ class Core:
     def _new_id(self) -> int:
         self._last_id += 1
         return self._last_id
+
+    def forget_topics(self) -> None:
+        """The subscribers of topics have changed, here or elsewhere."""
+        self._topics.clear()
 
     def route(self, queue: Queue) -> None:
         self._tree.add(tuple(queue.name.split(".")), queue)
@@ -228,7 +250,7 @@ class Core:
             return self.queue(target)
         if len(self._topics) >= ROUTES_MAX:
             self._topics.clear()
-        topic = self._topics[text] = Topic(self._tree.match(target.parts))
+        topic = self._topics[text] = Topic(self._tree.match(target.parts), self.links.origins_of(target))
         return topic
 
     # ---- sending
@@ -262,10 +284,29 @@ class Core:
         return self._publish(message, target)
 
     def _publish(self, message: Message, topic: Topic) -> bool:
+        if topic.origins:
+            self.links.publish(message, topic.origins, topic.origins)
+        if not topic.subscribers:
+            self.unrouted += not topic.origins
+            return message.durable and bool(topic.origins)
+        return self._publish_here(message, topic) or (message.durable and bool(topic.origins))
+
+    def publish_for(self, message: Message, targets: tuple[str, ...]) -> None:
+        """A topic's message that came from another broker: to those of its targets that are here, or behind this one."""
+        target = self._topics.get(message.destination) or self._target(message.destination)
+        assert isinstance(target, Topic)
+        further = [name for name in targets if name != self.links.name]
+        if further:
+            self.links.publish(message, target.origins, further)
+        if len(further) < len(targets):
+            message.route = None  # it has arrived
+            if target.subscribers:
+                self._publish_here(message, target)
+            else:
+                self.unrouted += 1
+
+    def _publish_here(self, message: Message, topic: Topic) -> bool:
         subscribers = topic.subscribers
-        if not subscribers:
-            self.unrouted += 1
-            return False
         shared = None
         if topic.durable > 1 and message.durable:
             shared = self.shared.create(self._new_id(), topic.durable)

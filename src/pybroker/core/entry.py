@@ -15,6 +15,7 @@ HELD = 1  # given to a consumer, not yet shown to it: before its batch is commit
 SENT = 2  # shown to the consumer, not yet acknowledged
 SETTLING = 3  # acknowledged (or rejected) inside an open transaction
 GONE = 4  # no longer in its queue
+STRANDED = 5  # at the hop limit of the network: only a consumer of this broker may have it
 
 ENTRY_BYTES = 512  # what an entry is counted with beside its message: about what its objects take
 
@@ -71,5 +72,5 @@ class Entry:
         return successor
 
     def __repr__(self) -> str:
-        state = ("READY", "HELD", "SENT", "SETTLING", "GONE")[self.state]
+        state = ("READY", "HELD", "SENT", "SETTLING", "GONE", "STRANDED")[self.state]
         return f"<Entry {self.message.message_id!r} {state} in {self.queue.name} at {self.order:#x}>"

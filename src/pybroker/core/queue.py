@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Consumer
-from pybroker.core.entry import GONE, HELD, READY, Entry
+from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
 from pybroker.core.window import Window
@@ -34,10 +34,12 @@ from pybroker.operations import (
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
+    from pybroker.core.links import Peer
 
 QUEUE = "queue"  # /queue/NAME
 SUBSCRIPTION = "subscription"  # a durable subscription to a topic
 BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
+LINK = "link"  # what is on its way to another broker of the network, in order of forwarding
 DELETED = "deleted"  # a durable subscription whose messages are being removed
 UNREAD_MAX = 4_096  # orders of unreadable messages that a queue remembers
 HEAD_EVERY = 4_096  # removals after which the lower bound of a queue is worked out anew
@@ -63,9 +65,11 @@ class Queue:
         "outstanding",
         "page",
         "queue_id",
+        "routes",
         "size",
         "spooled",
         "spooled_size",
+        "stranded",
         "subscription",
         "tail",
         "transient",
@@ -99,6 +103,8 @@ class Queue:
         self.unread: set[int] = (
             set()
         )  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
+        self.routes: dict[Peer, tuple[int, frozenset[str]]] | None = None  # who of the network wants its messages
+        self.stranded: list[Entry] = []  # those of `outstanding` that are at the hop limit
         self.counts = QueueCounts()
 
     @property
@@ -126,10 +132,13 @@ class Queue:
     def accept(self, message: Message, shared: SharedBody | None = None) -> None:
         """Put a new message at its place, and dispatch."""
         core = self.core
+        self.counts.enqueued += 1
+        straight_on = self.routes is not None and not self.available and self.tail is None and not self.window
+        if straight_on and core.links.pass_on(self, message):
+            return
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
-        order = order_of(message.priority, sequence)
-        self.counts.enqueued += 1
+        order = sequence if self.kind == LINK else order_of(message.priority, sequence)
         if message.durable and self.kind != BACKLOG:
             entry = Entry(message, order, self, True, shared)
             if shared is None:
@@ -150,13 +159,23 @@ class Queue:
             self.transient += 1
             if message.expires:
                 core.expiries.add(entry)
+        route = message.route
+        if route is not None and route.deliveries and self.kind == QUEUE:
+            self._count_earlier(entry, route.deliveries)
         core.hold(entry)
         if self.available and self.tail is None and not self.window:
             self._deliver(entry)
         else:
             self._insert(entry)
-            if self.available:
+            if self.available or self.routes is not None:
                 self.dispatch()
+
+    def _count_earlier(self, entry: Entry, deliveries: int) -> None:
+        """It was delivered elsewhere before it came here."""
+        entry.deliveries = deliveries
+        if entry.stored:
+            self.core.operations.append((PUT_DELIVERIES, self.queue_id, entry.order, deliveries))
+            entry.recorded = True
 
     def _insert(self, entry: Entry) -> None:
         """Put a ready entry that memory holds into the window, or leave it behind the tail."""
@@ -223,7 +242,8 @@ class Queue:
                 self.core.expire(entry)
                 continue
             self._deliver(entry, consumer)
-        return
+        if self.routes is not None:
+            self.core.links.forward(self)
 
     def _deliver(self, entry: Entry, consumer: Consumer | None = None) -> None:
         consumer = consumer or self.choose()
@@ -277,11 +297,22 @@ class Queue:
         if not consumer.listed and consumer.able:
             consumer.listed = True
             self.available.append(consumer)
+            if self.stranded:
+                self._unstrand()
 
     def unlist_consumer(self, consumer: Consumer) -> None:
         if consumer.listed:
             consumer.listed = False
             self.available.remove(consumer)
+
+    def _unstrand(self) -> None:
+        """There is somebody here for what can't be forwarded any more."""
+        stranded, self.stranded = self.stranded, []
+        for entry in stranded:
+            if entry.state == STRANDED:
+                del self.outstanding[entry.order]
+                entry.state = READY
+                self._insert(entry)
 
     # ---- messages go, or come back
 
@@ -395,10 +426,7 @@ class Queue:
         if self.tail is None or self.tail < page.start:  # the window was cut meanwhile: what was read doesn't join it
             for entry in page.added.values():
                 self._leave_to_store(entry)
-            if self.kind == DELETED:
-                self.empty()
-            else:
-                self.dispatch()
+            self._go_on()
             return
         if page.floor is not None:
             bound = page.floor if bound is None else min(bound, page.floor)
@@ -437,8 +465,14 @@ class Queue:
                 self.forget(entry)
             else:
                 core.dead_letter(entry, "deliveries")
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """A page is here."""
         if self.kind == DELETED:
             self.empty()
+        elif self.kind == LINK and self in self.core.links.releasing:
+            self.core.links.release(self)
         else:
             self.dispatch()
 
@@ -508,7 +542,7 @@ class Queue:
 class QueueCounts:
     """Counters of one queue since the broker started."""
 
-    __slots__ = ("acknowledged", "corrupt", "dead_lettered", "enqueued", "expired", "redelivered")
+    __slots__ = ("acknowledged", "corrupt", "dead_lettered", "enqueued", "expired", "forwarded", "redelivered")
 
     def __init__(self) -> None:
         self.enqueued = 0
@@ -516,4 +550,5 @@ class QueueCounts:
         self.redelivered = 0
         self.dead_lettered = 0
         self.expired = 0
+        self.forwarded = 0
         self.corrupt = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybroker.core.entry import Entry
-from pybroker.core.queue import QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.entry import STRANDED, Entry
+from pybroker.core.forwarding import original
+from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import DueRequest
 from pybroker.message import encode_headers
 from pybroker.operations import DELETE_MESSAGE, DueEntry
@@ -18,7 +19,9 @@ DUE_ROWS_MAX = 1_000  # rows of the expiry index that one sweep reads at a time
 
 def dead_letter_due(core: Core, entry: Entry) -> bool:
     limit = core.delivery.deliveries_max
-    if not limit or entry.deliveries < limit:
+    if (
+        not limit or entry.deliveries < limit or entry.queue.kind == LINK
+    ):  # on a link, to be sent again is no failed try
         return False
     queue = entry.queue
     return not (queue.kind == QUEUE and queue.name == core.dead_letters.name)
@@ -32,11 +35,12 @@ def dead_letter(core: Core, entry: Entry, reason: str) -> None:
     if queue.kind == SUBSCRIPTION:
         origin.append(("dead-letter-subscription", f"{queue.client_id}/{queue.subscription}"))
     notes = [("dead-letter-reason", reason), ("dead-letter-deliveries", str(entry.deliveries))]
-    letter = entry.message.moved_to(str(core.dead_letters), encode_headers([*origin, *notes]))
+    message = original(entry.message) if queue.kind == LINK else entry.message
+    letter = message.moved_to(str(core.dead_letters), encode_headers([*origin, *notes]))
     queue.forget(entry)
     target = core.by_destination.get(letter.destination)
     if target is None:  # whatever `destinations_max` says: a dead letter must not be lost
-        target = core.by_destination[letter.destination] = core.add_queue(QUEUE, core.dead_letters.name, "", "")
+        target = core.add_named_queue(core.dead_letters)
     target.accept(letter)
 
 
@@ -77,7 +81,11 @@ def _expire_ready(core: Core, queue: Queue, order: int) -> bool:
         if entry is not None:
             queue.page.added_size -= entry.message.size
     if entry is None:
-        return order in queue.outstanding
+        entry = queue.outstanding.get(order)
+        if entry is None or entry.state != STRANDED:
+            return entry is not None
+        del queue.outstanding[order]
+        queue.stranded.remove(entry)
     core.expire(entry)
     return True
 

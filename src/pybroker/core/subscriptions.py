@@ -56,6 +56,7 @@ def subscribe(
     consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context)
     connection.consumers[consumer] = None
     queue.consumers.add(consumer)
+    core.links.joined(queue)
     return consumer
 
 
@@ -74,6 +75,7 @@ def _durable_subscription(core: Core, target: Destination, client_id: str, name:
         core.subscriptions[client_id, name] = queue
         core.route(queue)
         core.touch(queue)
+        core.links.subscribed(queue)
     elif queue.name != target.name:
         raise SubscriptionError(
             f"durable subscription {name!r} of client {client_id!r} is for /topic/{queue.name}: "
@@ -95,6 +97,7 @@ def unsubscribe(core: Core, consumer: Consumer) -> None:
     entries = list(consumer.unacked.values())
     consumer.unacked.clear()
     consumer.credit = 0
+    core.links.left(queue)
     if queue.kind == BACKLOG:
         _drop_backlog(core, queue, entries)
     else:
@@ -111,6 +114,7 @@ def remove_subscription(core: Core, client_id: str, name: str) -> None:
         raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")
     del core.subscriptions[client_id, name]
     core.unroute(queue)
+    core.links.unsubscribed(queue)
     queue.kind = DELETED
     if not queue.dirty:
         core.touch(queue)

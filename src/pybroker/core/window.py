@@ -49,6 +49,18 @@ class Window:
             heappush(self._heap, order)
         self.size += entry.message.size
 
+    def first(self) -> Entry:
+        """The entry with the lowest order; it stays. KeyError when there is none."""
+        if self._early:
+            heap = self._heap
+            while heap[0] not in self._early:
+                heappop(heap)
+            if not self._run or heap[0] < next(iter(self._run)):
+                return self._early[heap[0]]
+        for entry in self._run.values():
+            return entry
+        raise KeyError("the window is empty")
+
     def pop_first(self) -> Entry:
         """Take the entry with the lowest order; KeyError when there is none."""
         if self._early:
