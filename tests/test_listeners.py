@@ -21,6 +21,11 @@ TLS = "cert=c.pem&key=k.pem"
     ("url", "expected"),
     [
         ("stomp://127.0.0.1:61613", ListenerConfig(scheme="stomp", host="127.0.0.1", port=61613)),
+        ("pybroker://127.0.0.1:61620", ListenerConfig(scheme="pybroker", host="127.0.0.1", port=61620)),
+        (
+            "pybroker+ssl://h:1?cert=c.pem&key=k.pem",
+            ListenerConfig(scheme="pybroker+ssl", host="h", port=1, certificate=Path("c.pem"), key=Path("k.pem")),
+        ),
         ("stomp://localhost:0/", ListenerConfig(scheme="stomp", host="localhost", port=0)),
         ("stomp://[::1]:0", ListenerConfig(scheme="stomp", host="::1", port=0)),
         (
@@ -53,7 +58,7 @@ def test_a_listener_url_is_read(url: str, expected: ListenerConfig):
         ("127.0.0.1:61613", "it must look like"),
         ("stomp://127.0.0.1:61613\n", "it must look like"),
         ("stomp://127.0.0.1:1#x", "it must look like"),
-        ("tcp://127.0.0.1:1", r"scheme 'tcp' is not known, only stomp and stomp\+ssl are"),
+        ("tcp://127.0.0.1:1", r"scheme 'tcp' is not known, only stomp, stomp\+ssl, pybroker and pybroker\+ssl are"),
         ("stomp+tls://127.0.0.1:1", r"did you mean stomp\+ssl\?"),
         ("stomp://127.0.0.1:1/queue", "it has a path '/queue'"),
         ("stomp://127.0.0.1", "it needs HOST:PORT"),
@@ -69,6 +74,9 @@ def test_a_listener_url_is_read(url: str, expected: ListenerConfig):
         ("stomp://127.0.0.1:1?allow=plaintext&allow=plaintext", "option 'allow' is given twice"),
         ("stomp://127.0.0.1:1?cert=c.pem", r"option 'cert' belongs to stomp\+ssl://"),
         ("stomp+ssl://127.0.0.1:1", "cert is missing"),
+        ("pybroker+ssl://127.0.0.1:1", r"pybroker\+ssl needs .*cert is missing"),
+        ("pybroker://127.0.0.1:1?cert=c.pem", r"option 'cert' belongs to pybroker\+ssl://, not to pybroker://"),
+        ("pybrokr://127.0.0.1:1", r"did you mean pybroker\?"),
         ("stomp+ssl://127.0.0.1:1?cert=c.pem", "key is missing"),
         (f"stomp+ssl://127.0.0.1:1?{TLS}&clientca=x", "did you mean client_ca"),
         ("stomp+ssl://127.0.0.1:1?cert=c%00.pem&key=k.pem", "bytes in it that can't be printed"),
@@ -94,7 +102,7 @@ def test_the_url_for_clients_has_the_bound_port_and_no_options():
     assert parse_listener(f"stomp+ssl://[::1]:0?{TLS}").address_url(40123) == "stomp+ssl://[::1]:40123"
 
 
-@given(st.text() | st.from_regex(r"stomp(\+ssl)?://[^/]*:[0-9]*(/.*)?(\?[a-z_]+=.*(&[a-z_]+=.*)?)?", fullmatch=True))
+@given(st.text() | st.from_regex(r"(stomp|pybroker)(\+ssl)?://[^/]*:[0-9]*(/.*)?(\?[a-z_]+=.*(&[a-z_]+=.*)?)?", fullmatch=True))
 def test_any_text_is_read_or_refused(url: str):
     try:
         listener = parse_listener(url)
@@ -106,7 +114,7 @@ def test_any_text_is_read_or_refused(url: str):
 @given(
     st.builds(
         ListenerConfig,
-        scheme=st.just("stomp+ssl"),
+        scheme=st.sampled_from(["stomp+ssl", "pybroker+ssl"]),
         host=st.ip_addresses().map(str),
         port=st.integers(0, 65_535),
         certificate=st.text("ab&?=%#+é/. ", min_size=1).map(Path),

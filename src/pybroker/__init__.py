@@ -1,16 +1,20 @@
 """pybroker: a durable message broker that runs inside a Python program.
 
-`open_broker` runs one; `Broker.connect` gives a client in the same process; other programs use STOMP.
+`open_broker` runs one; `Broker.connect` gives a client in the same process, `connect` the same one over the network; other
+programs use STOMP.
 """
 
 from pybroker.broker import Broker, open_broker
-from pybroker.client import Client, Confirmation, Publisher
+from pybroker.client import Client, ClientTransaction, Confirmation, Publisher
 from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, ReplicaSetConfig, StompLimits
+from pybroker.connect_options import ConnectOptions
+from pybroker.connecting import connect
 from pybroker.errors import (
     AuthenticationFailed,
     BrokerClosed,
     BrokerError,
     BrokerFull,
+    BrokerUnavailable,
     ConfigurationError,
     CorruptRecord,
     InvalidDestination,
@@ -28,6 +32,8 @@ from pybroker.errors import (
     TransactionError,
     UnknownDelivery,
 )
+from pybroker.remote_client import RemoteClient
+from pybroker.remote_events import ClientStatistics, ConnectionEvent
 from pybroker.settings import load_config
 from pybroker.statistics import BrokerStatistics, DestinationStatistics
 from pybroker.subscription import ReceivedMessage, Subscription
@@ -41,9 +47,14 @@ __all__ = [
     "BrokerError",
     "BrokerFull",
     "BrokerStatistics",
+    "BrokerUnavailable",
     "Client",
+    "ClientStatistics",
+    "ClientTransaction",
     "ConfigurationError",
     "Confirmation",
+    "ConnectOptions",
+    "ConnectionEvent",
     "CorruptRecord",
     "DeliveryPolicy",
     "DestinationStatistics",
@@ -55,6 +66,7 @@ __all__ = [
     "ProtocolError",
     "Publisher",
     "ReceivedMessage",
+    "RemoteClient",
     "ReplicaSetConfig",
     "SendInDoubt",
     "SlowConsumer",
@@ -67,6 +79,7 @@ __all__ = [
     "SubscriptionError",
     "TransactionError",
     "UnknownDelivery",
+    "connect",
     "hash_password",
     "load_config",
     "open_broker",

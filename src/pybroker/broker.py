@@ -15,7 +15,6 @@ from typing import Any
 
 import trio
 
-from pybroker.client import Client
 from pybroker.cluster.leader import LeadershipLost
 from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
@@ -23,6 +22,9 @@ from pybroker.core.consumer import Connection
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, ProtocolError, StoreError
 from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool, reopening
+from pybroker.local_client import LocalClient
+from pybroker.network_membership import Membership, remove_peer
+from pybroker.network_status import NetworkStatus
 from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
@@ -36,10 +38,11 @@ LAST_WORDS = 1.0  # seconds for connections to hear why they end when a replica 
 class Broker:
     """A running broker. Made by `open_broker`."""
 
-    def __init__(self, config: BrokerConfig, keeper: Keeper) -> None:
+    def __init__(self, config: BrokerConfig, keeper: Keeper, membership: Membership | None = None) -> None:
         self.config = config
         self.software = f"pybroker/{version('pybroker')}"
         self._keeper = keeper
+        self._membership = membership or Membership(config, self.software)
         self._engine: Engine | None = None
         self._server = Server(config, self._serving, self.software)
         self._role = ("starting", 0)
@@ -85,9 +88,9 @@ class Broker:
         while self._role[0] == "leader":
             await self._role_changed.wait()
 
-    def connect(self, client_id: str = "") -> Client:
+    def connect(self, client_id: str = "") -> LocalClient:
         """A client in this process: ``async with broker.connect() as client``. Durable subscriptions need a client id."""
-        return Client(self._serving, client_id)
+        return LocalClient(self._serving, client_id)
 
     def statistics(self) -> BrokerStatistics:
         """What there is at this moment. Raises BrokerClosed while the store is not open, NotLeader at a replica that follows."""
@@ -108,11 +111,24 @@ class Broker:
             batches=engine.journal.batches,
             unrouted=core.unrouted,
             expired_on_arrival=core.expired_on_arrival,
+            duplicates=core.duplicates,
             dropped=self._dropped,
             repaired=engine.mender.mended if engine.mender is not None else 0,
             full=core.disk_full,
             destinations=tuple(queue_statistics(queue) for queue in core.queues.values()),
         )
+
+    def network_status(self) -> NetworkStatus:
+        """The brokers that this one is linked with, or knows, at this moment. Raises as `statistics`."""
+        return self._membership.status(self._running())
+
+    async def remove_peer(self, name: str) -> int:
+        """Forget a broker of the network that will not come back: what was on its way to it returns to its queues.
+
+        These messages are marked as redelivered, since the peer may have had them. Returns how many they are. Raises BrokerError
+        for a peer that is not known, or linked.
+        """
+        return await remove_peer(self._running(), name)
 
     # ---- life
 
@@ -151,6 +167,7 @@ class Broker:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._keeper.run)
                 nursery.start_soon(self._watch_role)
+                nursery.start_soon(self._membership.listen)
                 if always:
                     await self._server.bind()
                 else:
@@ -183,11 +200,22 @@ class Broker:
 
     async def _start_control(self, nursery: trio.Nursery) -> None:
         if self.config.data_dir is not None:
-            commands = {"status": self._status, **self._keeper.commands()}
+            commands = {
+                "status": self._status,
+                "network-status": self._network_status,
+                "network-remove": self._network_remove,
+                **self._keeper.commands(),
+            }
             await nursery.start(ControlServer(self.config.data_dir, commands).run)
 
     async def _status(self, _: Mapping[str, Any]) -> dict[str, Any]:
         return asdict(self.statistics())
+
+    async def _network_status(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return asdict(self.network_status())
+
+    async def _network_remove(self, request: Mapping[str, Any]) -> int:
+        return await self.remove_peer(str(request.get("peer", "")))
 
     @asynccontextmanager
     async def _serve_term(self, term: Term, nursery: trio.Nursery) -> AsyncIterator[None]:
@@ -210,6 +238,8 @@ class Broker:
                 running.start_soon(self._hand_over_when_asked, term, engine)
                 if not self._keeper.serves_always:
                     await self._open_listeners(nursery)
+                if self._server.urls or self._keeper.serves_always:
+                    running.start_soon(self._membership.serve, engine, self._server, term.epoch)
                 self._update_role()
                 yield
                 await engine.wait_ended()
@@ -262,6 +292,7 @@ class Broker:
         self._engine = None
         error = NotLeader("this replica is handing over to another one: connect again in a moment")
         self._server.close_listeners()
+        self._membership.stop()
         self._server.close_connections(error)
         self._wind_up(engine, error)
 
@@ -279,7 +310,9 @@ class Broker:
             for connection in self._left:
                 if self._keeper.serves_always:
                     core.disconnect(connection)
-                if isinstance(connection.sink, Client):  # or else one that never pauses would keep the journal going
+                if isinstance(
+                    connection.sink, LocalClient
+                ):  # or else one that never pauses would keep the journal going
                     connection.sink.refuse(error)
             engine.end_turn()
             engine.journal.close()
@@ -291,9 +324,11 @@ class Broker:
         engine = self._engine
         with trio.move_on_after(self.config.stop_timeout):
             self._server.close_listeners()
+            self._membership.stop()
             self._server.close_connections(STOPPING)
-            if self._keeper.serves_always:
-                await self._server.wait_closed()  # in a set others wait to serve: the last words are said later
+            if self._keeper.serves_always:  # in a set others wait to serve: the last words are said later
+                await self._server.wait_closed()
+                await self._membership.wait_closed()
         self._update_role()
         if engine is not None:
             self._wind_up(engine, STOPPING)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,19 +15,19 @@ import trio
 from rich.table import Table
 
 from pybroker.broker import Broker, open_broker, single
+from pybroker.cli_messages import DEFAULT_URL, receive, send
+from pybroker.cli_network import network, network_flags
 from pybroker.cli_output import make_console
 from pybroker.cli_replica import LEADER, check_flags, replica, replica_set_flags
 from pybroker.config import BrokerConfig
 from pybroker.control import ask
 from pybroker.errors import BrokerError
-from pybroker.remote import connect_stomp
 from pybroker.settings import load_config, make_config
 from pybroker.store.check import verify
 from pybroker.store.report import Report
 from pybroker.store.salvage import salvage
 from pybroker.users import hash_password
 
-DEFAULT_URL = "stomp://127.0.0.1:61613"
 LOG_LEVEL = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False)
 
 
@@ -39,6 +38,9 @@ def cli() -> None:
 
 
 cli.add_command(replica)
+cli.add_command(network)
+cli.add_command(send)
+cli.add_command(receive)
 
 
 @cli.command()
@@ -47,10 +49,16 @@ cli.add_command(replica)
 @click.option(
     "--data", "data_dir", type=click.Path(path_type=Path), help="Directory of the store; without it: in memory."
 )
-@click.option("--listen", multiple=True, metavar="URL", help="stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=F&key=F.")
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="URL",
+    help="stomp://HOST:PORT, or pybroker://HOST:PORT (the native protocol); with TLS stomp+ssl://HOST:PORT?cert=F&key=F.",
+)
 @click.option("--user", "users", multiple=True, metavar="NAME:PASSWORD", help="A user who may connect; repeatable.")
 @click.option("--anonymous/--no-anonymous", default=None, help="Whether a login is not needed.")
 @replica_set_flags
+@network_flags
 @click.option("--log-level", type=LOG_LEVEL, default="INFO", show_default=True, help="Of the log on stderr.")
 def serve(
     config: Path | None,
@@ -61,16 +69,19 @@ def serve(
     anonymous: bool | None,
     log_level: str,
     replica_set: dict[str, Any],
+    network: dict[str, Any],
 ) -> None:
     """Run a broker until SIGTERM. CONFIG is a TOML file of the same fields; flags go before it.
 
     With --zookeeper and --set (or a table replica_set in CONFIG) it is a member of a replica set, and opens its
-    listeners while it leads.
+    listeners while it leads. With --discovery or --peer (or a table network in CONFIG) it is linked with other brokers,
+    and needs a --listen pybroker://HOST:PORT for their links.
     """
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     overrides: dict[str, Any] = {"name": name, "data_dir": data_dir, "anonymous": anonymous, "listen": listen or None}
     overrides["users"] = dict(map(_user, users)) or None
     overrides["replica_set"] = replica_set or None
+    overrides["network"] = network or None
     overrides = {key: value for key, value in overrides.items() if value is not None}
     if config is None:
         check_flags(replica_set)
@@ -89,13 +100,6 @@ def _user(text: str) -> tuple[str, str]:
     if not colon or not name:
         raise click.BadParameter("--user must look like NAME:PASSWORD")
     return name, hash_password(password)
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not colon or not name:
-        raise click.BadParameter("--header must look like NAME:VALUE")
-    return name, value
 
 
 async def _serve(config: BrokerConfig) -> None:
@@ -121,83 +125,6 @@ async def _print_roles(broker: Broker) -> None:
 def _print_listeners(broker: Broker) -> None:
     for url in broker.listeners:
         print(f"listening {url}", flush=True)
-
-
-@cli.command()
-@click.argument("destination")
-@click.argument("body", required=False)
-@click.option("--url", default=DEFAULT_URL, show_default=True)
-@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE")
-@click.option("--count", default=1, show_default=True, help="How often to send it.")
-@click.option("--transient", is_flag=True, help="Not durable.")
-@click.option("--user", metavar="NAME:PASSWORD")
-@click.option("--ca", type=click.Path(exists=True, path_type=Path), help="Authorities for stomp+ssl (PEM).")
-def send(
-    destination: str,
-    body: str | None,
-    url: str,
-    headers: tuple[str, ...],
-    count: int,
-    transient: bool,
-    user: str | None,
-    ca: Path | None,
-) -> None:
-    """Send BODY (or standard input) to DESTINATION, and wait until it is confirmed."""
-    data = sys.stdin.buffer.read() if body is None else os.fsencode(body)
-    lines = [_header(header) for header in headers]
-    if transient:
-        lines.append(("persistent", "false"))
-
-    async def run() -> None:
-        async with connect_stomp(url, _login(user), ca) as client:
-            for _ in range(count):
-                await client.send(destination, data, lines)
-            await client.disconnect()
-
-    trio.run(run)
-
-
-@cli.command()
-@click.argument("destination")
-@click.option("--url", default=DEFAULT_URL, show_default=True)
-@click.option("--count", default=1, show_default=True, help="Messages to wait for; 0 = until interrupted.")
-@click.option("--timeout", type=float, help="Seconds to wait for each message; then the exit status is 1.")
-@click.option("--show-headers", is_flag=True, help="One line of JSON a message instead of its body.")
-@click.option("--user", metavar="NAME:PASSWORD")
-@click.option("--ca", type=click.Path(exists=True, path_type=Path), help="Authorities for stomp+ssl (PEM).")
-def receive(
-    destination: str, url: str, count: int, timeout: float | None, show_headers: bool, user: str | None, ca: Path | None
-) -> None:
-    """Receive from DESTINATION, write each body and a line feed to standard output, and acknowledge it after that."""
-
-    async def run() -> None:
-        async with connect_stomp(url, _login(user), ca) as client:
-            await client.subscribe(destination, "client-individual", 1)
-            received = 0
-            while not count or received < count:
-                with trio.move_on_after(timeout if timeout is not None else float("inf")) as scope:
-                    message = await client.receive()
-                if scope.cancelled_caught:
-                    print(f"no message within {timeout:g} s", file=sys.stderr)
-                    sys.exit(1)
-                if show_headers:
-                    shown = {"headers": message.headers, "body": message.body.decode("utf-8", "replace")}
-                    print(json.dumps(shown), flush=True)
-                else:
-                    sys.stdout.buffer.write(message.body + b"\n")
-                    sys.stdout.buffer.flush()
-                await client.ack(message)
-                received += 1
-            await client.disconnect()
-
-    trio.run(run)
-
-
-def _login(user: str | None) -> tuple[str, str] | None:
-    if user is None:
-        return None
-    name, _, password = user.partition(":")
-    return name, password
 
 
 @cli.command()

@@ -1,27 +1,25 @@
-"""The client in process: no socket, no copy. Owns the face of sending, receiving and transactions for trio programs.
+"""The face of sending, receiving and transactions for trio programs: what a client can do, wherever its broker is.
 
-Everything goes through the same core and the same checks as over the wire. Cancellation at any await loses nothing: what was
-sent may be stored, what was received and not acknowledged is delivered again. Use it from the broker's own event loop.
+Owns the signatures, what they promise, and the checks of arguments. `local_client` is the one in the broker's own process (made
+by `Broker.connect`), `remote_client` the one over the network (made by `pybroker.connect`). Cancellation at any await loses
+nothing: what was sent may be stored, what was received and not acknowledged is delivered again.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import trio
-
-from pybroker.core.broker import Core
-from pybroker.core.consumer import Connection, Consumer
-from pybroker.core.entry import Entry
-from pybroker.engine import Engine
-from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, LimitExceeded, NotLeader, SendInDoubt
+from pybroker.errors import InvalidMessage
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
 from pybroker.subscription import ReceivedMessage, Subscription
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]] | None
+
+IN_FLIGHT_DEFAULT = 1_000  # sends of a publisher that wait for their confirmation at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +30,18 @@ class Confirmation:
     durable: bool
 
 
-class _Waiter:
-    """One caller who waits until everything emitted before is committed."""
+def checked_body(body: object) -> bytes:
+    """The body as bytes. Raises InvalidMessage for what is not bytes."""
+    if isinstance(body, bytes):
+        return body
+    if not isinstance(body, bytearray | memoryview):
+        raise InvalidMessage(f"a body must be bytes, not {type(body).__name__}: encode text first")
+    return bytes(body)
 
-    __slots__ = ("error", "event")
 
-    def __init__(self) -> None:
-        self.event = trio.Event()
-        self.error: BrokerError | None = None
-
-    async def wait(self) -> None:
-        await self.event.wait()
-        if self.error is not None:
-            raise self.error
+def check_expires(expires: int) -> None:
+    if expires < 0:
+        raise InvalidMessage(f"expires must be milliseconds since the Unix epoch, or 0 for never, not {expires}")
 
 
 def make_message(
@@ -52,55 +49,22 @@ def make_message(
 ) -> Message:
     """A message as the core takes it. Raises InvalidMessage for what is not bytes, text or in range."""
     if not isinstance(body, bytes):
-        if not isinstance(body, bytearray | memoryview):
-            raise InvalidMessage(f"a body must be bytes, not {type(body).__name__}: encode text first")
-        body = bytes(body)
-    if expires < 0:
-        raise InvalidMessage(f"expires must be milliseconds since the Unix epoch, or 0 for never, not {expires}")
+        body = checked_body(body)
+    if expires:
+        check_expires(expires)
     block = encode_headers(headers) if headers else b""
     return Message(destination, body, block, durable, priority, expires)
 
 
-class Client:
-    """A connection to the broker of this process. Made by `Broker.connect`; used as an async context manager.
+def check_in_flight(max_in_flight: int) -> None:
+    if max_in_flight < 1:
+        raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
 
-    Leaving it aborts open transactions and returns what was not acknowledged.
-    """
 
-    def __init__(self, engine: Callable[[], Engine], client_id: str = "") -> None:
-        self._find_engine = engine
-        self._client_id = client_id
-        self._engine: Engine | None = None
-        self._connection: Connection | None = None
-        self._waiting: set[_Waiter] = set()
-        self._publishers: set[Publisher] = set()
-        self._subscriptions: set[Subscription] = set()
-        self._transactions = 0
-        self._error: BrokerError | None = None
-        self.touched = False
+class Client(ABC):
+    """A client of a broker. Leaving the block that it is used in aborts open transactions and returns what was not acknowledged."""
 
-    async def __aenter__(self) -> Client:
-        if self._connection is not None:
-            raise BrokerError("this client is connected already: make another one with broker.connect()")
-        await trio.lowlevel.checkpoint()  # first: nobody would end the connection if this were cancelled behind it
-        self._engine = self._find_engine()
-        self._connection = self._engine.begin_turn().connect(self, self._client_id)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._close(BrokerClosed("the client is closed"))
-
-    def _close(self, error: BrokerError) -> None:
-        if self._error is None:
-            self._error = error
-            if self._engine is not None and self._engine.error is None and self._connection is not None:
-                self._engine.begin_turn().disconnect(self._connection)
-                self._engine.end_turn()
-            for subscription in self._subscriptions:  # other tasks may wait in them
-                subscription.fail(error)
-
-    # ---- sending
-
+    @abstractmethod
     async def send(
         self,
         destination: str,
@@ -114,31 +78,18 @@ class Client:
         """Send one message; returns when it is as safe as asked (durable: on disk).
 
         `priority` is 0 to 9, `expires` milliseconds since the Unix epoch (0 = never). Raises InvalidDestination,
-        InvalidMessage, BrokerFull (refused: not stored), SendInDoubt (nobody knows), BrokerClosed.
+        InvalidMessage, BrokerFull (refused: not stored), SendInDoubt (nobody knows), BrokerClosed; over the network also
+        BrokerUnavailable (not sent).
         """
-        message = make_message(destination, body, headers, durable, priority, expires)
-        await self._wait_room(message)
-        core = self._begin_turn()
-        stored = core.send(message)
-        await self._committed(core)
-        return Confirmation(message.message_id.decode(), stored)
 
-    @asynccontextmanager
-    async def publisher(self, max_in_flight: int = 1_000) -> AsyncIterator[Publisher]:
+    @abstractmethod
+    def publisher(self, max_in_flight: int = IN_FLIGHT_DEFAULT) -> AbstractAsyncContextManager[Publisher]:
         """Pipelined sending: up to `max_in_flight` sends wait for their confirmation at a time.
 
         Leaving the block waits until every send is confirmed. Raises SendInDoubt with how many were not.
         """
-        publisher = Publisher(self, max_in_flight)
-        self._publishers.add(publisher)
-        try:
-            yield publisher
-            await publisher.wait_confirmed()
-        finally:
-            self._publishers.discard(publisher)
 
-    # ---- receiving
-
+    @abstractmethod
     def subscribe(
         self,
         destination: str,
@@ -154,141 +105,31 @@ class Client:
         prefetch       messages that may be with you unacknowledged
         durable_name   makes a durable subscription of a topic, which collects while you are away (needs a client id)
         """
-        return Subscription(self, destination, ack, prefetch, durable_name)
 
+    @abstractmethod
     async def remove_subscription(self, durable_name: str) -> None:
         """Delete a durable subscription of this client id, and what it has collected."""
-        core = self._begin_turn()
-        core.remove_subscription(self._client_id, durable_name)
-        await self._committed(core)
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[ClientTransaction]:
+    @abstractmethod
+    def transaction(self) -> AbstractAsyncContextManager[ClientTransaction]:
         """Sends and acknowledgements that happen together: committed at the end of the block, aborted by an exception.
 
         Acknowledged messages of an aborted transaction are delivered again. Cancelled while it waits for the commit, the
-        transaction may be committed or not, but never in part.
+        transaction may be committed or not, but never in part. Raises TransactionError when nothing of it was done.
         """
-        self._transactions += 1
-        name = f"client-{self._transactions}"
-        core = self._begin_turn()
-        core.begin(self._running_connection, name)
-        try:
-            yield ClientTransaction(self, name)
-            await self._wait_batch()
-        except BaseException:
-            if self._error is None and self._running.error is None:
-                core = self._begin_turn()
-                core.abort(self._running_connection, name)
-                self._running.end_turn()
-            raise
-        core = self._begin_turn()
-        core.commit(self._running_connection, name)
-        await self._committed(core)
-
-    # ---- the engine's side
-
-    @property
-    def _running(self) -> Engine:
-        if self._engine is None:
-            raise BrokerClosed("the client is not connected: use `async with broker.connect() as client`")
-        return self._engine
-
-    @property
-    def _running_connection(self) -> Connection:
-        assert self._connection is not None
-        return self._connection
-
-    def _begin_turn(self) -> Core:
-        if self._error is not None:
-            raise self._present(self._error)
-        return self._running.begin_turn()
-
-    def _present(self, error: BrokerError) -> BrokerError:
-        """What ended this client, said anew: where the leader is now may have become known since."""
-        if not isinstance(error, NotLeader):
-            return error
-        try:
-            self._find_engine()
-        except BrokerError as now:
-            return now
-        return NotLeader("this client's leadership has ended, and a new one has begun here: make another client")
-
-    async def _wait_room(self, message: Message) -> None:
-        engine = self._running
-        limit = engine.config.stomp.body_bytes_max
-        if len(message.body) > limit:  # no smaller than what comes over the wire: a batch has a largest size
-            raise LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(message.body)} bytes")
-        await self._wait_batch()
-        if engine.core.full(message) is not None:
-            await engine.wait_room(message)
-
-    async def _wait_batch(self) -> None:
-        """Wait until the open batch has room: one caller at a time fills it."""
-        engine = self._running
-        if engine.batch_full:
-            await engine.journal.wait_room(engine.config.limits.batch_bytes_max)
-
-    async def _committed(self, core: Core) -> None:
-        """End the turn, and wait until what it emitted is committed."""
-        waiter = _Waiter()
-        self._waiting.add(waiter)
-        core.confirm((self, waiter))
-        self._running.end_turn()
-        try:
-            await waiter.wait()
-        finally:
-            self._waiting.discard(waiter)
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None:
-        """Engine: a delivery."""
-        consumer.context.take(entry)
-
-    def confirm(self, token: _Waiter) -> None:
-        """Engine: everything before is committed."""
-        token.event.set()
-
-    def flush(self) -> None:
-        """Engine: the turn is over."""
-
-    def refuse(self, error: BrokerError) -> None:
-        """Broker: it is stopping, and has ended the connection. What is in flight is still confirmed, nothing new taken."""
-        self._error = self._error or error
-
-    def fail(self, error: BrokerError) -> None:
-        """Engine: the journal failed; nothing in flight will ever be confirmed."""
-        self._error = error
-        doubt = SendInDoubt(
-            f"{error}; what was in flight may be stored or not: send it again where a repeat does no harm"
-        )
-        for waiter in self._waiting:
-            if not waiter.event.is_set():  # set: confirmed, and its task has only not run since
-                waiter.error = doubt
-                waiter.event.set()
-        for publisher in self._publishers:
-            publisher.fail(doubt)
-        for subscription in self._subscriptions:
-            subscription.fail(error)
-
-    def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None:
-        """Engine: one subscription was ended by the broker."""
-        consumer.context.fail(error)
 
 
-class Publisher:
-    """Sends in flight. Made by `Client.publisher`."""
+class Publisher(ABC):
+    """Sends in flight. Made by `Client.publisher`.
 
-    def __init__(self, client: Client, max_in_flight: int) -> None:
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
-        self._client = client
-        self._max = max_in_flight
-        self._changed = trio.Event()
-        self._error: BrokerError | None = None
-        self.in_flight = 0  # sends that are not confirmed
-        self.confirmed = 0
-        self.touched = False
+    in_flight   sends that are not confirmed
+    confirmed   sends that are
+    """
 
+    in_flight: int
+    confirmed: int
+
+    @abstractmethod
     async def send(
         self,
         destination: str,
@@ -300,84 +141,23 @@ class Publisher:
         expires: int = 0,
     ) -> str:
         """Send; waits only for room, and returns the message id. The confirmation comes later (`wait_confirmed`)."""
-        message = make_message(destination, body, headers, durable, priority, expires)
-        await self._wait_below(self._max)
-        await self._client._wait_room(message)
-        core = self._client._begin_turn()
-        core.send(message)
-        self._sent(core, 1)
-        return message.message_id.decode()
 
+    @abstractmethod
     async def send_many(self, messages: Sequence[tuple[Any, ...]], *, durable: bool = True) -> None:
         """Send a list of ``(destination, body)`` or ``(destination, body, headers)``, in order.
 
         A wrong one raises, and those before it are sent. Much cheaper for each than `send`.
         """
-        made = [
-            make_message(item[0], item[1], item[2] if len(item) > 2 else None, durable, PRIORITY_DEFAULT, 0)
-            for item in messages
-        ]
-        at = 0
-        engine = self._client._running
-        while at < len(made):
-            await self._wait_below(self._max)
-            await self._client._wait_room(made[at])
-            core = self._client._begin_turn()
-            stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
-            start = at
-            crowded = core.crowded
-            room = engine.config.limits.batch_bytes_max
-            try:
-                while at < stop and room > 0:
-                    room -= len(made[at].body)
-                    if crowded and at > start and core.full(made[at]) is not None:
-                        break
-                    core.send(made[at])
-                    at += 1
-            finally:
-                self._sent(core, at - start)
 
-    def _sent(self, core: Core, count: int) -> None:
-        self.in_flight += count
-        core.confirm((self, count))
-        self._client._running.end_turn()
-
-    async def _wait_below(self, count: int) -> None:
-        await trio.lowlevel.checkpoint()
-        while self._error is None and self.in_flight >= count:
-            await self._changed.wait()
-        if self._error is not None:
-            raise self._error
-
+    @abstractmethod
     async def wait_confirmed(self) -> None:
         """Wait until every send so far is confirmed. Raises SendInDoubt when some never will be."""
-        await self._wait_below(1)
-
-    def confirm(self, count: int) -> None:
-        """Engine: so many are committed."""
-        self.in_flight -= count
-        self.confirmed += count
-
-    def flush(self) -> None:
-        """Engine: the turn is over."""
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def fail(self, error: BrokerError) -> None:
-        """Client: the journal failed."""
-        if self.in_flight:
-            error = SendInDoubt(f"{self.in_flight} sends were not confirmed: {error}")
-        self._error = error
-        self._changed.set()
 
 
-class ClientTransaction:
+class ClientTransaction(ABC):
     """The inside of `Client.transaction`."""
 
-    def __init__(self, client: Client, name: str) -> None:
-        self._client = client
-        self._name = name
-
+    @abstractmethod
     async def send(
         self,
         destination: str,
@@ -389,22 +169,11 @@ class ClientTransaction:
         expires: int = 0,
     ) -> None:
         """Send when the transaction is committed."""
-        message = make_message(destination, body, headers, durable, priority, expires)
-        await self._client._wait_room(message)
-        core = self._client._begin_turn()
-        core.send_later(self._client._running_connection, message, self._name)
-        await trio.lowlevel.checkpoint()
 
+    @abstractmethod
     async def ack(self, message: ReceivedMessage) -> None:
         """Acknowledge when the transaction is committed."""
-        core = self._client._begin_turn()
-        core.acknowledge(message._subscription._running, message._tag, self._name)
-        self._client._running.end_turn()
-        await trio.lowlevel.checkpoint()
 
+    @abstractmethod
     async def nack(self, message: ReceivedMessage) -> None:
         """Give back when the transaction is committed."""
-        core = self._client._begin_turn()
-        core.reject(message._subscription._running, message._tag, self._name)
-        self._client._running.end_turn()
-        await trio.lowlevel.checkpoint()

@@ -89,6 +89,8 @@ class Engine:
             first_id=store.first_unused_id,
             id_prefix=f"{store.store_id}-{store.starts:x}-{f'{epoch:x}-' if epoch else ''}",
             records=store.records,
+            producers=store.producers,
+            peers=store.peers,
             now=clock_ms(),
             network=config.network,
             network_name=config.network_name,
@@ -211,13 +213,17 @@ class Engine:
             raise error
         with trio.move_on_after(limits.full_timeout):
             while self.error is None:
-                self._room_wanted = True
-                await self._room.wait()
+                await self.wait_freed()
                 if self.core.full(message) is None:
                     return
         if self.error is not None:
             raise self.error
         raise BrokerFull(f"{error} (waited {limits.full_timeout:g} s, limits.full_timeout)")
+
+    async def wait_freed(self) -> None:
+        """Wait until room was made somewhere, or the engine has ended."""
+        self._room_wanted = True
+        await self._room.wait()
 
     @property
     def batch_full(self) -> bool:

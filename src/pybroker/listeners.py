@@ -1,8 +1,9 @@
 """Listener URLs: reading them, their TLS context, and the rule of what may be open beyond loopback.
 
-Owns ``stomp://HOST:PORT`` and ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``, each with
-``[?|&]allow=plaintext,anonymous``. Opens no socket, resolves no name. Patient data crosses these wires (DESIGN
-section 7): a listener beyond loopback that is plaintext or anonymous has to be asked for by name.
+Owns ``stomp://HOST:PORT`` and ``stomp+ssl://HOST:PORT?cert=FILE&key=FILE[&client_ca=FILE]``, ``pybroker://`` and
+``pybroker+ssl://`` (the native protocol) likewise, each with ``[?|&]allow=plaintext,anonymous``. Opens no socket, resolves
+no name. Patient data crosses these wires (DESIGN section 7): a listener beyond loopback that is plaintext or anonymous
+has to be asked for by name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from urllib.parse import quote, unquote
 
 from pybroker.errors import ConfigurationError
 
-SCHEMES = ("stomp", "stomp+ssl")
+SCHEMES = ("stomp", "stomp+ssl", "pybroker", "pybroker+ssl")
+TLS = "+ssl"  # behind the name of a protocol
 TLS_OPTIONS = ("cert", "key", "client_ca")
 ALLOWANCES = ("plaintext", "anonymous")
 
@@ -30,9 +32,9 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 class ListenerConfig:
     """One listener, as its URL says it.
 
-    scheme       ``"stomp"`` or ``"stomp+ssl"``
+    scheme       ``"stomp"``, ``"stomp+ssl"``, ``"pybroker"`` or ``"pybroker+ssl"``
     host, port   where to bind; an IPv6 address is without brackets here; port 0 takes a free one
-    certificate, key  PEM files of the server; None for ``stomp``
+    certificate, key  PEM files of the server; None without TLS
     client_ca    PEM file of the authorities that clients' certificates must come from; None asks for no certificate
     allow        what was asked for by name: any of ``"plaintext"``, ``"anonymous"``
     """
@@ -47,7 +49,12 @@ class ListenerConfig:
 
     @property
     def tls(self) -> bool:
-        return self.scheme == "stomp+ssl"
+        return self.scheme.endswith(TLS)
+
+    @property
+    def protocol(self) -> str:
+        """``"stomp"`` or ``"pybroker"``."""
+        return self.scheme.removesuffix(TLS)
 
     @property
     def beyond_loopback(self) -> bool:
@@ -86,7 +93,9 @@ def parse_listener(url: str, *, directory: Path | None = None) -> ListenerConfig
     """
     match = _URL.fullmatch(url) if url.isprintable() else None
     if match is None:
-        raise _refused(url, "it must look like stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=FILE&key=FILE")
+        raise _refused(
+            url, "it must look like stomp://HOST:PORT or stomp+ssl://HOST:PORT?cert=FILE&key=FILE (or pybroker)"
+        )
     scheme = match["scheme"]
     if scheme not in SCHEMES:
         raise _refused(url, f"scheme {scheme!r} is not known, only {_listed(SCHEMES)} are" + _nearest(scheme, SCHEMES))
@@ -95,8 +104,8 @@ def parse_listener(url: str, *, directory: Path | None = None) -> ListenerConfig
     host, port = _authority(url, match["authority"])
     options = _options(url, match["query"] or "", scheme)
     for name in ("cert", "key"):
-        if scheme == "stomp+ssl" and name not in options:
-            raise _refused(url, f"stomp+ssl needs ?cert=FILE&key=FILE (PEM files), and {name} is missing")
+        if scheme.endswith(TLS) and name not in options:
+            raise _refused(url, f"{scheme} needs ?cert=FILE&key=FILE (PEM files), and {name} is missing")
     files = {name: _file(options[name], directory) for name in TLS_OPTIONS if name in options}
     return ListenerConfig(
         scheme=scheme,
@@ -127,7 +136,7 @@ def check_exposure(listener: ListenerConfig, anonymous: bool) -> None:
     missing = [word for word in needed if word not in listener.allow]
     if not missing:
         return
-    remedies = {"plaintext": "use stomp+ssl://", "anonymous": "set anonymous = false and give users"}
+    remedies = {"plaintext": f"use {listener.protocol}{TLS}://", "anonymous": "set anonymous = false and give users"}
     whole = "allow=" + ",".join(word for word in ALLOWANCES if word in missing or word in listener.allow)
     raise ConfigurationError(
         f"listener {listener.url} can be reached from beyond loopback and is {' and '.join(missing)}: "
@@ -203,12 +212,12 @@ def _authority(url: str, authority: str) -> tuple[str, int]:
 
 
 def _options(url: str, query: str, scheme: str) -> dict[str, str]:
-    known = (*TLS_OPTIONS, "allow") if scheme == "stomp+ssl" else ("allow",)
+    known = (*TLS_OPTIONS, "allow") if scheme.endswith(TLS) else ("allow",)
     options: dict[str, str] = {}
     for item in query.split("&") if query else ():
         name, _, value = item.partition("=")
         if name in TLS_OPTIONS and name not in known:
-            raise _refused(url, f"option {name!r} belongs to stomp+ssl://, not to {scheme}://")
+            raise _refused(url, f"option {name!r} belongs to {scheme}{TLS}://, not to {scheme}://")
         if name not in known:
             raise _refused(url, f"option {name!r} is not known, only {_listed(known)}" + _nearest(name, known))
         if name in options:

@@ -25,7 +25,7 @@ RECEIVE_BYTES = 65_536
 EVENTS_MAX = 1_000  # taken out of one read at a time
 
 
-class RemoteClient:
+class StompClient:
     """A session with a broker elsewhere. Made by `connect_stomp`."""
 
     def __init__(self, stream: trio.abc.Stream, session: StompClientSession) -> None:
@@ -113,7 +113,7 @@ class RemoteClient:
 @asynccontextmanager
 async def connect_stomp(
     url: str, user: tuple[str, str] | None = None, ca: Path | None = None
-) -> AsyncIterator[RemoteClient]:
+) -> AsyncIterator[StompClient]:
     """Connect to ``stomp://HOST:PORT`` or ``stomp+ssl://HOST:PORT``. Raises ConfigurationError, BrokerError."""
     try:
         parts = urlsplit(url)
@@ -130,7 +130,7 @@ async def connect_stomp(
         context = ssl.create_default_context(cafile=ca)
         stream = trio.SSLStream(stream, context, server_hostname=host, https_compatible=True)
     try:
-        client = RemoteClient(stream, StompClientSession())
+        client = StompClient(stream, StompClientSession())
         await client._open(host, user)
         yield client
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

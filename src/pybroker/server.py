@@ -6,29 +6,39 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import trio
 
 from pybroker.config import BrokerConfig
+from pybroker.connections import ServedConnection, linger
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, LimitExceeded
 from pybroker.listeners import ListenerConfig, check_exposure, make_ssl_context, parse_listener
+from pybroker.native_server import NativeConnection
+from pybroker.protocols.native_session import error_frame
 from pybroker.protocols.stomp_headers import encode_frame
 from pybroker.protocols.stomp_send import HeaderMemo
-from pybroker.stomp_server import StompConnection, linger
+from pybroker.stomp_server import StompConnection
 from pybroker.users import Users
 
 log = logging.getLogger("pybroker.server")
 
 LOGINS_AT_A_TIME = 2  # password checks that run at once; each takes a thread tens of milliseconds
+NATIVE = "pybroker"  # the protocol's name in a listener's scheme
+BEATS_PER_INTERVAL = 4  # how often it is looked whether a heart-beat is due
 
 
 class Server:
     """All listeners of one broker. `find_engine` gives the engine that runs now; raises while there is none.
 
     `ports` are those that its predecessor had: a listener of port 0 takes its own again.
+
+    accept_link  what serves a connection by which another broker of the network links with this one: it is given the stream
+                 and the bytes that were read of it, and returns when the link has ended. None: this broker is in no network.
+    members      the brokers of the network, name to native URLs, as clients are told them (`set_members`)
     """
 
     def __init__(
@@ -37,13 +47,15 @@ class Server:
         self.config = config
         self.software = software  # the name in CONNECTED
         self.memo = HeaderMemo()
-        self.beating: set[StompConnection] = set()
+        self.accept_link: Callable[[trio.abc.Stream, bytes], Awaitable[None]] | None = None
+        self.members: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+        self.beating: set[ServedConnection] = set()
         self.urls: tuple[str, ...] = ()
         self.ports = tuple(ports)
         self.refused = 0  # connections beyond the limit
         self._find_engine = find_engine
         self._users = Users(config.users)
-        self._connections: set[StompConnection] = set()
+        self._connections: set[ServedConnection] = set()
         self._accepted = 0
         self._open = 0
         self._logins = trio.CapacityLimiter(LOGINS_AT_A_TIME)
@@ -131,39 +143,55 @@ class Server:
         else:
             check()
 
-    async def _serve(self, listener: ListenerConfig, context: ssl.SSLContext | None, stream: trio.SocketStream) -> None:
+    async def serve_stream(self, stream: trio.abc.Stream, native: bool) -> None:
+        """Serve one connection of the native protocol, or of STOMP, to its end, as a listener does; closes the stream."""
+        with self._counted():
+            await self._serve_stream(stream, native)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         self._open += 1
         try:
-            await self._serve_one(listener, context, stream)
+            yield
         finally:
             self._open -= 1
             if not self._open:
                 self._empty.set()
 
+    async def _serve(self, listener: ListenerConfig, context: ssl.SSLContext | None, stream: trio.SocketStream) -> None:
+        with self._counted():
+            await self._serve_one(listener, context, stream)
+
     async def _serve_one(
         self, listener: ListenerConfig, context: ssl.SSLContext | None, transport: trio.SocketStream
     ) -> None:
-        limit = self.config.limits.connections_max
         stream: trio.abc.Stream = transport
+        native = listener.protocol == NATIVE
         keep_alive(transport)
         try:
             if context is not None:
                 stream = trio.SSLStream(transport, context, server_side=True, https_compatible=True)
-                with trio.fail_after(self.config.stomp.connect_timeout):
+                with trio.fail_after((self.config.native if native else self.config.stomp).connect_timeout):
                     await stream.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
+            log.info("a connection to %s failed in its hand-shake: %s", listener.url, error.__cause__ or error)
+            await trio.aclose_forcefully(stream)
+            return
+        await self._serve_stream(stream, native)
+
+    async def _serve_stream(self, stream: trio.abc.Stream, native: bool) -> None:
+        connection: ServedConnection
+        limit = self.config.limits.connections_max
+        try:
             if self._open > limit:
                 self.refused += 1
                 raise LimitExceeded("limits.connections_max", limit, "too many connections")
             engine = self._find_engine()
             self._accepted += 1
-            anonymous = self.config.anonymous
-            connection = StompConnection(self, engine, stream, self._accepted, anonymous)
+            kind = NativeConnection if native else StompConnection
+            connection = kind(self, engine, stream, self._accepted, self.config.anonymous)
         except BrokerError as error:
-            await _refuse(stream, error)
-            return
-        except (trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
-            log.info("a connection to %s failed in its hand-shake: %s", listener.url, error.__cause__ or error)
-            await trio.aclose_forcefully(stream)
+            await _refuse(stream, error, native)
             return
         self._connections.add(connection)
         try:
@@ -173,14 +201,21 @@ class Server:
             self.beating.discard(connection)
 
     async def _run_heartbeats(self) -> None:
-        if not self.config.stomp.heartbeat_min_ms:
-            return
-        pause = self.config.stomp.heartbeat_min_ms / 1000 / 4
+        intervals = (self.config.stomp.heartbeat_min_ms / 1000, self.config.native.heartbeat_interval)
+        pause = min(interval for interval in (*intervals, 1.0) if interval) / BEATS_PER_INTERVAL
         while True:
             await trio.sleep(pause)
             now = trio.current_time()
             for connection in list(self.beating):
-                connection.beat(now, self.config.stomp.heartbeat_tolerance)
+                connection.beat(now)
+
+    def set_members(self, members: Mapping[str, tuple[str, ...]]) -> None:
+        """Tell all native clients, and those to come, which brokers the network has: name to native URLs."""
+        if members != self.members:
+            self.members = MappingProxyType(dict(members))
+            for connection in list(self._connections):
+                if isinstance(connection, NativeConnection):
+                    connection.tell_members()
 
 
 def keep_alive(stream: trio.SocketStream) -> None:
@@ -192,11 +227,15 @@ def keep_alive(stream: trio.SocketStream) -> None:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
-async def _refuse(stream: trio.abc.Stream, error: BrokerError) -> None:
+async def _refuse(stream: trio.abc.Stream, error: BrokerError, native: bool) -> None:
     """Say why a connection can't be served, and close it."""
-    headers = [("message", str(error)), ("code", error.code), ("content-type", "text/plain")]
+    if native:
+        data = error_frame(error)
+    else:
+        headers = [("message", str(error)), ("code", error.code), ("content-type", "text/plain")]
+        data = encode_frame("ERROR", headers, None, str(error).encode())
     with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        await stream.send_all(encode_frame("ERROR", headers, None, str(error).encode()))
+        await stream.send_all(data)
         await linger(stream)
     await trio.aclose_forcefully(stream)
 

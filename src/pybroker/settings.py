@@ -3,7 +3,7 @@
 Owns the checks: types (strict: ``"5"`` is no number), ranges, and what one field means for another. The shape and the
 defaults belong to `pybroker.config`. Opens no file but the TOML file itself, and no socket. A value is refused with
 its path and what was expected, one line per fault; what stands in ``users`` or is a secret is never repeated in a text.
-What belongs to a replica set's fields together is in `pybroker.replica_settings`.
+What belongs together of a replica set's fields is in `pybroker.replica_settings`, of the network's in `pybroker.network_settings`.
 
 pydantic does the type checks. It is imported when the first configuration is made: at ``import pybroker`` it would
 add a tenth of a second to every program, also to those that only connect.
@@ -32,6 +32,7 @@ from pybroker.config import (
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import ConfigurationError, InvalidDestination
 from pybroker.listeners import check_exposure, parse_listener
+from pybroker.network_settings import network_faults
 from pybroker.replica_settings import TLS_FIELDS, replica_set_faults
 from pybroker.users import parse_hash
 
@@ -113,9 +114,9 @@ def load_config(path: Path | str, **overrides: object) -> BrokerConfig:
 def make_config(config: BrokerConfig | None = None, **overrides: object) -> BrokerConfig:
     """Check ``config`` (None: the defaults) with ``overrides`` put over it, and return the result.
 
-    An override is a field of `BrokerConfig`. ``stomp``, ``limits``, ``delivery`` and ``replica_set`` are given whole as a
-    dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` is a broker on its own. Text does
-    for a path, any list or tuple for a tuple.
+    An override is a field of `BrokerConfig`. ``stomp``, ``native``, ``limits``, ``delivery``, ``replica_set`` and ``network`` are
+    given whole as a dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` and ``network=None``
+    are a broker on its own. Text does for a path, any list or tuple for a tuple.
 
     >>> make_config(limits={"prefetch_default": 10}).limits.prefetch_default
     10
@@ -151,11 +152,11 @@ def _anchor(values: dict[str, Any], directory: Path) -> None:
     listen = values.get("listen")
     if isinstance(listen, list):
         values["listen"] = [_anchored(url, directory) for url in listen]
-    replica_set = values.get("replica_set")
-    if isinstance(replica_set, dict):
-        for name in TLS_FIELDS:
-            if isinstance(replica_set.get(name), str) and replica_set[name]:
-                replica_set[name] = str(directory / replica_set[name])
+    for table in (values.get("replica_set"), values.get("network")):
+        if isinstance(table, dict):
+            for name in TLS_FIELDS:
+                if isinstance(table.get(name), str) and table[name]:
+                    table[name] = str(directory / table[name])
 
 
 def _anchored(url: object, directory: Path) -> object:
@@ -335,6 +336,7 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
     if not config.anonymous and not config.users and config.listen:
         yield "users: expected at least one user where anonymous is false, or no client can ever log in"
     yield from replica_set_faults(config)
+    yield from network_faults(config)
 
 
 def _check_listener(url: str, anonymous: bool) -> None:

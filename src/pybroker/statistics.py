@@ -37,6 +37,7 @@ class DestinationStatistics:
 class BrokerStatistics:
     """The broker at one moment. Sizes in bytes.
 
+    duplicates  sends that their producers repeated, and that were not stored again
     dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
     repaired values that were bad when they were to be read, and were fetched from another replica, in this leadership
     """
@@ -54,6 +55,7 @@ class BrokerStatistics:
     batches: int
     unrouted: int
     expired_on_arrival: int
+    duplicates: int
     dropped: int
     repaired: int
     full: str

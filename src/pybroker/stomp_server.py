@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from pybroker.connections import RECEIVE_BYTES, linger
 from pybroker.core.broker import Core
 from pybroker.core.consumer import AUTO, CUMULATIVE, INDIVIDUAL, Consumer
 from pybroker.core.entry import Entry
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pybroker.stomp")
 
-RECEIVE_BYTES = 65_536  # most bytes of one read
-# What a peer may still send after the last frame, in bytes and seconds, so that it gets to read that frame.
-LINGER_BYTES_MAX = 64 * 1024 * 1024
-LINGER = 1.0
 ACK_MODES = {"auto": AUTO, "client": CUMULATIVE, "client-individual": INDIVIDUAL}
 ANY_CLIENT = "*"  # owner of durable subscriptions made without a client id (RabbitMQ's convention)
 
@@ -205,15 +202,19 @@ class StompConnection:
                 if kind is Send:
                     message = event.message  # type: ignore[attr-defined]
                     receipt = event.receipt  # type: ignore[attr-defined]
-                    if crowded and core.full(message) is not None:
+                    numbered = event.numbered  # type: ignore[attr-defined]
+                    repeat = numbered is not None and core.producers.has(numbered.producer, numbered.sequence)
+                    if crowded and not repeat and core.full(message) is not None:
                         engine.end_turn()
                         await engine.wait_room(message)
                         core = engine.begin_turn()
                     transaction = event.transaction  # type: ignore[attr-defined]
-                    if transaction is None:
+                    if transaction is not None:
+                        core.send_later(self._connection, message, transaction, numbered)
+                    elif numbered is None:
                         core.send(message)
                     else:
-                        core.send_later(self._connection, message, transaction)
+                        core.send_once(message, numbered)
                 elif kind is Ack or kind is Nack:
                     receipt = event.receipt  # type: ignore[attr-defined]
                     self._settle(core, event)  # type: ignore[arg-type]
@@ -264,7 +265,7 @@ class StompConnection:
         elif isinstance(event, Begin):
             core.begin(self._connection, event.transaction)
         elif isinstance(event, Commit):
-            core.commit(self._connection, event.transaction)
+            core.commit(self._connection, event.transaction, event.numbered)
         elif isinstance(event, Abort):
             core.abort(self._connection, event.transaction)
 
@@ -444,9 +445,10 @@ class StompConnection:
 
     # ---- heart-beats
 
-    def beat(self, now: float, tolerance: float) -> None:
+    def beat(self, now: float) -> None:
         """Server, every now and then: send a heart-beat when one is due; end a connection that has gone silent."""
         session = self._session
+        tolerance = self._server.config.stomp.heartbeat_tolerance
         if self._ended:
             return
         if not self._listening:
@@ -467,17 +469,3 @@ class StompConnection:
 def _key(event: Unsubscribe) -> str | None:
     """What names a subscription on its connection."""
     return event.id if event.id is not None else event.destination
-
-
-async def linger(stream: trio.abc.Stream) -> None:
-    """Let the peer read the last frame: closing with unread input would make the kernel throw that frame away."""
-    socket = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    with trio.move_on_after(LINGER):
-        try:
-            if isinstance(socket, trio.abc.HalfCloseableStream):
-                await socket.send_eof()
-            left = LINGER_BYTES_MAX
-            while left > 0 and (data := await socket.receive_some(RECEIVE_BYTES)):
-                left -= len(data)
-        except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError):
-            log.debug("a peer did not wait for the end")

@@ -12,6 +12,7 @@ from pybroker.cluster.registry import Position
 from pybroker.cluster.repair import VALUES_BYTES, read_values
 from pybroker.cluster.scrub import FIRST_WALK, read_slice
 from pybroker.errors import ProtocolError, StoreDamaged
+from pybroker.operations import PUT_PEER, PUT_PRODUCER, PeerRecord, ProducerRecord
 from pybroker.store import format as fmt
 from pybroker.store.memory import MemoryBackend
 from pybroker.store.store import Store
@@ -277,9 +278,12 @@ async def test_bad_values_of_every_kind_are_repaired_by_a_walk(autojump_clock, n
         row = fmt.expiry_key(5_000, 1, 3)
         count = fmt.deliveries_key(1, 3)
         await led.commit([(row, fmt.encode_number(row, 9)), (count, fmt.encode_number(count, 2))])
+        records = [(PUT_PRODUCER, ProducerRecord("p", (1, 5))), (PUT_PEER, PeerRecord("north"))]
+        await led.commit(led.node.store.encode(records))
         await caught_up(nodes, led, "b", "c")
         whole = content(led.node.store)
         bad = [key_of(3), row, count, fmt.IDS_KEY, fmt.POSITION_KEY, fmt.META_KEY, fmt.history_key(1)]
+        bad += [fmt.producer_key("p"), fmt.peer_key("north")]
         meta = nodes[name].copies.backend.get(fmt.META_KEY)
         for key in bad:
             nodes[name].copies.backend.flip(key, 150 if key == fmt.META_KEY else 13)  # type: ignore[attr-defined]

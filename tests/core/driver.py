@@ -140,16 +140,21 @@ class Driver:
         self.writing: Batch | None = None
         self.reads: deque[Read] = deque()
         self.unwritten: set[int] = set()  # turns with changes that the store doesn't hold yet
-        self.core = Core(
+        self.core = self.make_core()
+        self.core.observer = self.observer  # type: ignore[attr-defined]
+        self.end_turn()
+
+    def make_core(self) -> Core:
+        return Core(
             self.limits,
             self.delivery,
             first_id=self.store.first_unused_id,
             id_prefix=f"id-{self.store.starts:x}-",
             records=self.store.records,
+            producers=self.store.producers,
+            peers=self.store.peers,
             now=self.now,
         )
-        self.core.observer = self.observer  # type: ignore[attr-defined]
-        self.end_turn()
 
     def _make_spool(self) -> Store:
         self.spool_store = Store.open(MemoryBackend())

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pybroker.message import Message
-from pybroker.operations import LEVELS, QueueRecord, StoredEntry, order_of
+from pybroker.message import Message, Route
+from pybroker.operations import LEVELS, PeerRecord, ProducerRecord, QueueRecord, StoredEntry, order_of
 from pybroker.store import Store
 
 u64 = st.integers(0, 2**64 - 1)
 sequences = st.integers(0, 2**56 - 1)
 text = st.text(st.characters(codec="utf-8"), max_size=30)
 
+names = st.lists(text, max_size=4).map(tuple)
+routes = st.builds(
+    Route,
+    passed=names,
+    targets=names,
+    deliveries=st.integers(0, 2**32 - 1),
+    priority=st.integers(0, 9),
+)
 messages = st.builds(
     Message,
     destination=text,
@@ -22,11 +30,20 @@ messages = st.builds(
     expires=u64,
     message_id=st.binary(max_size=40),
     timestamp=u64,
+    route=st.none() | routes,
 )
+producers = st.builds(
+    ProducerRecord,
+    producer_id=text,
+    ranges=st.sets(st.integers(0, 2**61), max_size=6).map(lambda ends: ranges_between(sorted(ends))),
+    floor=u64,
+    last_used=u64,
+)
+peers = st.builds(PeerRecord, name=text, demand=st.lists(st.tuples(text, text, names), max_size=4).map(tuple))
 records = st.builds(
     QueueRecord,
     queue_id=u64,
-    kind=st.sampled_from(["queue", "subscription", "deleted"]),
+    kind=st.sampled_from(["queue", "subscription", "deleted", "link"]),
     name=text,
     client_id=text,
     subscription=text,
@@ -36,6 +53,11 @@ records = st.builds(
     head=u64,
     dispatched=st.tuples(*[u64] * LEVELS),
 )
+
+
+def ranges_between(ends: list[int]) -> tuple[int, ...]:
+    """Ranges that rise, with a gap behind each, of ascending numbers."""
+    return tuple(4 * end + (at % 2) for at, end in enumerate(ends[: len(ends) // 2 * 2]))
 
 
 def message(body: bytes = b"body", priority: int = 4, expires: int = 0, destination: str = "/queue/q") -> Message:

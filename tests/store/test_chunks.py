@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybroker.errors import ProtocolError
-from pybroker.operations import DELETE_MESSAGE, PUT_BODY, PUT_MESSAGE, PUT_QUEUE, QueueRecord
+from pybroker.operations import (
+    DELETE_MESSAGE,
+    PUT_BODY,
+    PUT_MESSAGE,
+    PUT_PEER,
+    PUT_PRODUCER,
+    PUT_QUEUE,
+    PeerRecord,
+    ProducerRecord,
+    QueueRecord,
+)
 from pybroker.store import LevelDBBackend, MemoryBackend, Store
 from pybroker.store import format as fmt
 from pybroker.store.backend import Backend, Change, Entry, Reader
@@ -175,8 +185,10 @@ def test_real_stores_with_everything_in_them(kind: str, tmp_path: Path) -> None:
     for store in (leader, follower):
         changes = store.encode(operations)
         store.write(store.prepare([*changes, store.history_change(1, 1)], (1, 1)), False)
-    leader.apply(leader.encode([(DELETE_MESSAGE, 1, place(7), 0, False)]), (1, 2), False)
-    follower.apply(follower.encode([(PUT_QUEUE, QueueRecord(2, "queue", "divergent"))]), (1, 2), False)
+    kept = [(PUT_PRODUCER, ProducerRecord("p", (1, 2_000))), (PUT_PEER, PeerRecord("north"))]
+    leader.apply(leader.encode([(DELETE_MESSAGE, 1, place(7), 0, False), *kept]), (1, 2), False)
+    divergent = [(PUT_QUEUE, QueueRecord(2, "queue", "divergent")), (PUT_PRODUCER, ProducerRecord("divergent"))]
+    follower.apply(follower.encode(divergent), (1, 2), False)
     follower.apply(
         follower.encode([(PUT_BODY, 9, message(b"only here"), 1), store.history_change(2, 3)][:1]), (1, 3), False
     )
@@ -187,6 +199,7 @@ def test_real_stores_with_everything_in_them(kind: str, tmp_path: Path) -> None:
     assert follower.store_id != leader.store_id
     assert follower.position == (1, 2)
     assert [record.name for record in follower.records] == ["q"]
+    assert (follower.producers, follower.peers) == ([ProducerRecord("p", (1, 2_000))], [PeerRecord("north")])
     assert (follower.next_queue_id, follower.next_body_id) == (leader.next_queue_id, leader.next_body_id)
     leader.close()
     follower.close()

@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 
 from pybroker.errors import CorruptRecord, StoreDamaged, StoreError, StoreLocked
+from pybroker.message import Route
 from pybroker.operations import (
     PUT_BODY,
     PUT_DELIVERIES,
     PUT_MESSAGE,
+    PUT_PEER,
+    PUT_PRODUCER,
     PUT_QUEUE,
     PUT_REFERENCE,
+    PeerRecord,
+    ProducerRecord,
     QueueRecord,
 )
 from pybroker.store import LevelDBBackend, Store, leveldb
@@ -29,6 +34,10 @@ from tests.store.samples import Writer, fields, message, place
 BIG = 1 << 30
 COUNT = 20
 SHARED = message(b"to all", expires=700)
+FORWARDED = message(b"on its way")
+FORWARDED.route = Route(("here",), priority=4)
+PRODUCER = ProducerRecord("ward-3", (1, 9, 20, 20), 1, 5)
+PEER = PeerRecord("north", (("t.>", "south", ("north", "south")),))
 
 
 def build(directory: Path, count: int = COUNT, pad: bytes = b"") -> None:
@@ -48,6 +57,8 @@ def build(directory: Path, count: int = COUNT, pad: bytes = b"") -> None:
         write((PUT_REFERENCE, queue_id, place(0), 1, 700, SHARED.size))
         record = QueueRecord(queue_id, "subscription", "t.>", "c", f"s{queue_id}", 1, 1, SHARED.size, place(0))
         write((PUT_QUEUE, record))
+    link = QueueRecord(4, "link", "north", "life", "", 7, 1, FORWARDED.size, 6)
+    write((PUT_QUEUE, link), (PUT_MESSAGE, 4, 6, FORWARDED), (PUT_PRODUCER, PRODUCER), (PUT_PEER, PEER))
     write.store.close()
 
 
@@ -85,11 +96,16 @@ def test_a_whole_store_has_no_problems(tmp_path: Path) -> None:
     assert report.problems == ()
     assert report.ok
     assert report == verify(tmp_path / "store")
-    assert [(row.name, row.found_count) for row in report.queues] == [("q", COUNT), ("t.>", 1), ("t.>", 1)]
+    assert [(row.name, row.found_count) for row in report.queues] == [
+        ("q", COUNT),
+        ("t.>", 1),
+        ("t.>", 1),
+        ("north", 1),
+    ]
     assert report.bodies == 1
     assert seen[-1] == report.keys
     assert report.starts == 1
-    assert report.position == (0, 6)
+    assert report.position == (0, 7)
 
 
 M = fmt.message_key(1, place(5))
@@ -135,6 +151,21 @@ DAMAGE: dict[str, tuple[Callable[[LevelDBBackend], list[Change]], tuple[str, byt
         lambda backend: [(fmt.queue_key(1), fmt.encode_queue(fmt.queue_key(1), QueueRecord(1, "queue", "q")))],
         ("sequence", M),
     ),
+    "producer": (flip(fmt.producer_key("ward-3")), ("corrupt", fmt.producer_key("ward-3"))),
+    "peer": (flip(fmt.peer_key("north")), ("corrupt", fmt.peer_key("north"))),
+    "no route": (
+        lambda backend: [
+            (fmt.message_key(4, 6), fmt.encode_message(fmt.message_key(4, 6), message(b"on its way"))),
+        ],
+        ("route", fmt.message_key(4, 6)),
+    ),
+    "link's order": (
+        lambda backend: [
+            (fmt.message_key(4, place(6)), fmt.encode_message(fmt.message_key(4, place(6)), FORWARDED)),
+            (fmt.message_key(4, 6), None),
+        ],
+        ("route", fmt.message_key(4, place(6))),
+    ),
     "fence": (delete(fmt.message_key(1, fmt.FENCE_ORDER)), ("fence", fmt.queue_key(1))),
     "meta": (flip(fmt.META_KEY, 8 * 25), ("corrupt", fmt.META_KEY)),
     "no meta": (delete(fmt.META_KEY), ("missing", fmt.META_KEY)),
@@ -172,8 +203,10 @@ def test_what_salvage_makes_is_whole(name: str, tmp_path: Path) -> None:
     assert [(row.queue_id, row.count) for row in report.queues] == [(r.queue_id, r.count) for r in store.records]
     assert store.records[0].name == "q"
     assert store.records[0].count == COUNT - lost
-    assert store.next_queue_id >= 4
-    assert store.position == ((0, 1) if name == "position" else (0, 6))
+    assert store.next_queue_id >= 5
+    assert store.producers == ([] if name == "producer" else [PRODUCER])
+    assert store.peers == ([] if name == "peer" else [PEER])
+    assert store.position == ((0, 1) if name == "position" else (0, 7))
     store.close()
 
 
@@ -193,6 +226,9 @@ def test_salvage_of_a_whole_store_copies_everything(tmp_path: Path) -> None:
     assert [entry.message.body for entry in entries] == [b"%d" % number for number in range(COUNT)]
     assert entries[3].deliveries == 2
     assert fields(store.read_page(3, 0, 100, BIG).entries[0]) == (place(0), fields(SHARED), None, 1, 2)
+    (forwarded,) = store.read_page(4, 0, 100, BIG).entries
+    assert (forwarded.order, forwarded.message.route) == (6, FORWARDED.route)
+    assert (store.producers, store.peers) == ([PRODUCER], [PEER])
     store.close()
 
 

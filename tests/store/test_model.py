@@ -12,18 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pybroker.errors import StoreError
-from pybroker.message import Message
+from pybroker.message import Message, Route
 from pybroker.operations import (
     DELETE_BODY,
     DELETE_MESSAGE,
+    DELETE_PEER,
+    DELETE_PRODUCER,
     DELETE_QUEUE,
     PUT_BODY,
     PUT_DELIVERIES,
     PUT_MESSAGE,
+    PUT_PEER,
+    PUT_PRODUCER,
     PUT_QUEUE,
     PUT_REFERENCE,
     SET_REFERENCES,
     DueEntry,
+    PeerRecord,
+    ProducerRecord,
     QueueRecord,
 )
 from pybroker.store import LevelDBBackend, MemoryBackend, Store
@@ -51,6 +57,8 @@ class Model:
     queues: dict[int, dict[int, Row]] = field(default_factory=lambda: {queue_id: {} for queue_id in QUEUES})
     bodies: dict[int, int] = field(default_factory=dict)
     records: dict[int, QueueRecord] = field(default_factory=dict)
+    producers: dict[str, ProducerRecord] = field(default_factory=dict)
+    peers: dict[str, PeerRecord] = field(default_factory=dict)
     fenced: set[int] = field(default_factory=set)
     position: tuple[int, int] = (0, 0)
     next_queue_id: int = 1
@@ -64,6 +72,8 @@ class Model:
         if kind <= 3:
             priority = second % 10
             sent = message(b"%d" % third, priority, expires=third % 5 * 100)
+            if third % 4 == 3:
+                sent.route = Route((f"broker {first}",), deliveries=third, priority=first)
             order = place(self.sequence, priority)
             rows[order] = Row(sent)
             self.fenced.add(queue_id)
@@ -86,6 +96,8 @@ class Model:
             self.fenced.add(queue_id)
             self.next_queue_id = max(self.next_queue_id, queue_id + 1)
             return [(PUT_QUEUE, record)]
+        if kind >= 12:
+            return self.apply_record(kind, f"name {first % 3}", second, third)
         if kind == 6:
             self.records.pop(queue_id, None)
             self.fenced.discard(queue_id)
@@ -107,10 +119,27 @@ class Model:
                 del self.bodies[row.body_id]
         return operations
 
+    def apply_record(self, kind: int, name: str, second: int, third: int) -> list[tuple[object, ...]]:
+        if kind == 12:
+            self.producers[name] = ProducerRecord(name, (second, second + third), third, self.sequence)
+            return [(PUT_PRODUCER, self.producers[name])]
+        if kind == 13:
+            self.peers[name] = PeerRecord(
+                name, (("t.>", f"broker {second}", (name, f"broker {second}")),) * (third % 3)
+            )
+            return [(PUT_PEER, self.peers[name])]
+        if kind == 14:
+            self.producers.pop(name, None)
+            return [(DELETE_PRODUCER, name)]
+        self.peers.pop(name, None)
+        return [(DELETE_PEER, name)]
+
 
 def compare(store: Store, model: Model) -> None:
     assert store.position == model.position
     assert store.records == sorted(model.records.values(), key=lambda record: record.queue_id)
+    assert {record.producer_id: record for record in store.producers} == model.producers
+    assert {record.name: record for record in store.peers} == model.peers
     assert store.next_queue_id == model.next_queue_id
     due = []
     for queue_id in QUEUES:
@@ -133,7 +162,7 @@ def compare(store: Store, model: Model) -> None:
     assert left == len(rows) + counted + 2 * len(model.bodies) + len(due) + fences, "nothing is left behind"
 
 
-steps = st.tuples(st.integers(0, 11), st.integers(0, 9), st.integers(0, 99), st.integers(0, 99))
+steps = st.tuples(st.integers(0, 15), st.integers(0, 9), st.integers(0, 99), st.integers(0, 99))
 batches = st.lists(st.tuples(st.lists(steps, max_size=6), st.booleans()), max_size=12)
 
 

@@ -18,10 +18,14 @@ from pybroker.operations import (
     PUT_BODY,
     PUT_DELIVERIES,
     PUT_MESSAGE,
+    PUT_PEER,
+    PUT_PRODUCER,
     PUT_QUEUE,
     PUT_REFERENCE,
     SET_REFERENCES,
     DueEntry,
+    PeerRecord,
+    ProducerRecord,
     QueueRecord,
 )
 from pybroker.store import LevelDBBackend, MemoryBackend, Store
@@ -88,10 +92,19 @@ def test_other_formats_and_other_databases_are_refused() -> None:
         Store.open(backend)
 
 
-@pytest.mark.parametrize("key", [fmt.META_KEY, fmt.POSITION_KEY, fmt.IDS_KEY, fmt.queue_key(1)])
+FOUNDATIONS = (
+    *(fmt.META_KEY, fmt.POSITION_KEY, fmt.IDS_KEY, fmt.queue_key(1)),
+    *(fmt.producer_key("p"), fmt.peer_key("north")),
+)
+
+
+@pytest.mark.parametrize("key", FOUNDATIONS)
 def test_a_store_whose_foundations_are_bad_does_not_open(key: bytes) -> None:
     backend = ForgetfulBackend()
-    Writer(Store.open(backend))((PUT_QUEUE, QueueRecord(1, "queue", "a")))
+    write = Writer(Store.open(backend))
+    write(
+        (PUT_QUEUE, QueueRecord(1, "queue", "a")), (PUT_PRODUCER, ProducerRecord("p")), (PUT_PEER, PeerRecord("north"))
+    )
     backend.flip(key, 8 * len(backend.get(key) or b"") - 1)
     with pytest.raises(StoreDamaged, match="salvage"):
         Store.open(backend)

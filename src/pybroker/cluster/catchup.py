@@ -39,7 +39,8 @@ Mend = Callable[
 
 WINDOW_BYTES = 4 * 1024 * 1024  # keys and values of one window
 SEND_BYTES = 1024 * 1024  # batches that go into one write
-CHANGING = frozenset((fmt.QUEUE, fmt.POSITION, fmt.IDS, fmt.DELIVERIES, fmt.REFERENCES))  # kinds whose values change
+# Kinds whose values change.
+CHANGING = frozenset((fmt.PRODUCER, fmt.PEER, fmt.QUEUE, fmt.POSITION, fmt.IDS, fmt.DELIVERIES, fmt.REFERENCES))
 
 
 class _Window:

@@ -20,11 +20,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
-from pybroker.core import mending, retiring, subscriptions, transactions
+from pybroker.core import mending, producers, retiring, settling, subscriptions, transactions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
 from pybroker.core.links import Links, Peer
+from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBodies
@@ -44,9 +45,11 @@ from pybroker.operations import (
     DELETE_MESSAGE,
     PUT_BODY,
     PUT_MESSAGE,
+    PUT_PRODUCER,
     PUT_QUEUE,
     Operation,
     PeerRecord,
+    ProducerRecord,
     QueueRecord,
     StoredEntry,
 )
@@ -76,6 +79,7 @@ class Core:
         first_id: int,
         id_prefix: str,
         records: Iterable[QueueRecord] = (),
+        producers: Iterable[ProducerRecord] = (),
         peers: Iterable[PeerRecord] = (),
         now: int = 0,
         network: NetworkConfig | None = None,
@@ -108,7 +112,9 @@ class Core:
         self._last_message = 0
         self._quiet = False  # nothing is handed out any more
         self._last_id = first_id - 1
-        self.dirty: list[Queue] = []  # queues whose descriptor in the store is out of date
+        self.dirty: list[Queue | Producer] = []  # those whose record in the store is out of date
+        self.duplicates = 0  # sends that were stored before, and were not stored again
+        self.producers = Producers(self, producers)
         self.by_destination: dict[str, Queue] = {}
         self.subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
@@ -137,11 +143,11 @@ class Core:
     # ---- what the caller takes
 
     def seal(self) -> list[Operation]:
-        """The descriptors that changed since the last call: to be asked when a batch is closed, and to go into it."""
+        """The records that changed since the last call: to be asked when a batch is closed, and to go into it."""
         operations: list[Operation] = []
-        for queue in self.dirty:
-            queue.dirty = False
-            operations.append((PUT_QUEUE, queue.record()))
+        for each in self.dirty:
+            each.dirty = False
+            operations.append((PUT_QUEUE if each.__class__ is Queue else PUT_PRODUCER, each.record()))
         self.dirty.clear()
         return operations
 
@@ -270,8 +276,9 @@ class Core:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
         text = message.destination
         target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)
-        self._last_message += 1
-        message.message_id = b"%b%x" % (self._id_prefix, self._last_message)
+        if not message.message_id:  # a producer may have given it one
+            self._last_message += 1
+            message.message_id = b"%b%x" % (self._id_prefix, self._last_message)
         message.timestamp = self.now
         expires = message.expires
         if expires and expires <= self.now:
@@ -282,6 +289,8 @@ class Core:
             return message.durable
         assert isinstance(target, Topic)
         return self._publish(message, target)
+
+    send_once = producers.send_once
 
     def _publish(self, message: Message, topic: Topic) -> bool:
         if topic.origins:
@@ -439,7 +448,15 @@ class Core:
     send_later = transactions.send_later
     settle_later = transactions.settle_later
     commit = transactions.commit
+    transact = transactions.transact
     abort = transactions.abort
+
+    # ---- many settlements at a time: see settling.py
+
+    acknowledge_ranges = settling.acknowledge_ranges
+    reject_ranges = settling.reject_ranges
+    outstanding = settling.outstanding
+    set_prefetch = settling.set_prefetch
 
     # ---- dead letters and expiry: see retiring.py
 

@@ -79,10 +79,11 @@ class Consumer:
 class Transaction:
     """Sends and settlements that wait for a commit."""
 
-    __slots__ = ("messages", "settled", "size")
+    __slots__ = ("messages", "numbered", "settled", "size")
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
+        self.numbered: dict[Message, tuple[str, int]] = {}  # of these, those with a producer, and their sequences
         self.settled: list[tuple[Entry, bool]] = []  # (entry, True = acknowledged, False = rejected)
         self.size = 0
 

@@ -3,12 +3,13 @@
 Each broker tells each peer what its own clients consume, and what it has heard from its other peers: a destination, whether
 the demand is durable (it holds also while the way is cut), the broker that has the consumers (the *origin*), and the path to it. A
 path that leads through the hearer is not told to it, and is not taken: so there are no loops, and a demand that ends is
-forgotten everywhere. Of several paths to one origin the best is used and told on.
+forgotten everywhere. Of several paths to one origin the best is used and told on; of equally good ones that which is in use, as
+messages that change their way may overtake each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from typing import NamedTuple
 
 from pybroker.errors import LimitExceeded
@@ -37,45 +38,48 @@ class DemandTable:
     def __init__(self, name: str, hops_max: int) -> None:
         self.name = name
         self.hops_max = hops_max
-        self._own: set[Key] = set()
+        self._own: dict[Key, None] = {}  # in order, as everywhere here: so that the core is deterministic
         self._paths: dict[Key, dict[str, Path]] = {}  # by peer
-        self._heard: dict[str, set[Key]] = {}  # by peer, also of peers that can't be reached now
-        self._best: dict[Key, str] = {}  # the peer of the best path
+        self._heard: dict[str, dict[Key, None]] = {}  # by peer, also of peers that can't be reached now
+        self._best: dict[Key, tuple[str, Path]] = {}  # the peer of the best path, and the path
         self._up: dict[str, dict[Key, Path]] = {}  # peers that can be reached: what they were told
-        self._unsaid: dict[str, set[Key] | None] = {}  # keys to look at for a peer; None = all
+        self._unsaid: dict[str, dict[Key, None] | None] = {}  # keys to look at for a peer; None = all
 
     # ---- what is known
 
     def best(self, key: Key) -> tuple[str, Path] | None:
         """The next broker on the best way to a key's origin, and the way; None when nothing is known of that demand."""
-        peer = self._best.get(key)
-        return None if peer is None else (peer, self._paths[key][peer])
+        return self._best.get(key)
 
-    def heard(self, peer: str) -> set[Key]:
+    def heard(self, peer: str) -> KeysView[Key]:
         """What a peer has told, as far as it still counts."""
-        return self._heard.get(peer, set())
+        return self._heard.get(peer, {}).keys()
+
+    def told(self, peer: str) -> int:
+        """How many demands a peer that can be reached was told, and that hold."""
+        return len(self._up.get(peer, {}))
 
     def path(self, peer: str, key: Key) -> Path:
         return self._paths[key][peer]
 
-    # ---- what changes; each returns the keys whose best way is another one now
+    # ---- what changes; each returns the keys whose best way is another one now, be it by the same peer
 
     def set_own(self, destination: str, durable: bool, there: bool) -> None:
         """This broker's own clients consume a destination, or do not any more."""
         key = Key(destination, durable, self.name)
         if there:
-            self._own.add(key)
+            self._own[key] = None
         else:
-            self._own.discard(key)
+            self._own.pop(key, None)
         self._mark(key)
 
-    def up(self, peer: str) -> set[Key]:
+    def up(self, peer: str) -> list[Key]:
         """A peer can be reached: it has to be told everything, and ways through it are better."""
         self._up[peer] = {}
         self._unsaid[peer] = None
         return self._choose(list(self.heard(peer)))
 
-    def down(self, peer: str) -> set[Key]:
+    def down(self, peer: str) -> list[Key]:
         """A peer can't be reached any more: only its durable demand still counts."""
         self._up.pop(peer, None)
         self._unsaid.pop(peer, None)
@@ -85,31 +89,31 @@ class DemandTable:
                 self._forget(peer, key)
         return self._choose(heard)
 
-    def hear(self, peer: str, whole: bool, adds: Iterable[Added], drops: Iterable[Dropped]) -> set[Key]:
+    def hear(self, peer: str, whole: bool, adds: Iterable[Added], drops: Iterable[Dropped]) -> list[Key]:
         """A peer tells its demand. What leads through this broker, or too far, is passed over. Raises LimitExceeded."""
-        touched: set[Key] = set()
+        touched: dict[Key, None] = {}
         if whole:
-            touched |= self.heard(peer)
-            for key in list(touched):
+            touched.update(self._heard.get(peer, {}))
+            for key in touched:
                 self._forget(peer, key)
         for drop in drops:
             key = Key(*drop)
             self._forget(peer, key)
-            touched.add(key)
-        heard = self._heard.setdefault(peer, set())
+            touched[key] = None
+        heard = self._heard.setdefault(peer, {})
         for destination, durable, origin, path in adds:
             key = Key(destination, durable, origin)
-            touched.add(key)
+            touched[key] = None
             if not path or path[0] != peer or path[-1] != origin or self.name in path or len(path) > self.hops_max:
                 self._forget(peer, key)
                 continue
             if len(heard) >= HEARD_MAX and key not in heard:
                 raise LimitExceeded("demands of one peer", HEARD_MAX, f"peer {peer} demands too many destinations")
-            heard.add(key)
+            heard[key] = None
             self._paths.setdefault(key, {})[peer] = path
         return self._choose(list(touched))
 
-    def forget_peer(self, peer: str) -> set[Key]:
+    def forget_peer(self, peer: str) -> list[Key]:
         """A peer was taken out of the network."""
         keys = list(self.heard(peer))
         for key in keys:
@@ -118,44 +122,50 @@ class DemandTable:
         return self._choose(keys)
 
     def _forget(self, peer: str, key: Key) -> None:
-        self._heard.get(peer, set()).discard(key)
+        self._heard.get(peer, {}).pop(key, None)
         paths = self._paths.get(key)
         if paths is not None:
             paths.pop(peer, None)
             if not paths:
                 del self._paths[key]
 
-    def _choose(self, keys: list[Key]) -> set[Key]:
-        changed = set()
+    def _choose(self, keys: Iterable[Key]) -> list[Key]:
+        changed = []
         for key in keys:
             paths = self._paths.get(key, {})
-            found = min(paths, key=lambda peer: (peer not in self._up, len(paths[peer]), peer), default=None)
-            if found != self._best.get(key):
-                changed.add(key)
+            before = self._best.get(key)
+            used = None if before is None else before[0]
+            nearest = min(paths, key=lambda peer: self._rank(peer, paths[peer], used), default=None)
+            found = None if nearest is None else (nearest, paths[nearest])
+            if found != before:
+                changed.append(key)
                 if found is None:
                     del self._best[key]
                 else:
                     self._best[key] = found
-            self._mark(key)  # also the same peer may have another path to it now
+                self._mark(key)
         return changed
+
+    def _rank(self, peer: str, path: Path, used: str | None) -> tuple[bool, int, bool, str]:
+        return peer not in self._up, len(path), peer != used, peer
 
     # ---- what is told
 
     def _mark(self, key: Key) -> None:
         for unsaid in self._unsaid.values():
             if unsaid is not None:
-                unsaid.add(key)
+                unsaid[key] = None
 
     def has_news(self, peer: str) -> bool:
         """Whether `news` may have something for a peer."""
-        unsaid = self._unsaid.get(peer, set())
+        unsaid = self._unsaid.get(peer, {})
         return unsaid is None or bool(unsaid)
 
     def news(self, peer: str) -> News | None:
         """What a peer has to be told since it was told last; the first time everything. None when there is nothing."""
         told = self._up[peer]
         unsaid = self._unsaid[peer]
-        self._unsaid[peer] = set()
+        self._unsaid[peer] = {}
         if unsaid is None:
             told.clear()
             for key in [*self._own, *self._best]:
@@ -165,7 +175,7 @@ class DemandTable:
             return True, [(*key, path) for key, path in told.items()], []
         adds: list[Added] = []
         drops: list[Dropped] = []
-        for key in sorted(unsaid):
+        for key in unsaid:
             path = self._way(key, peer)
             if path is None:
                 if told.pop(key, None) is not None:
@@ -180,9 +190,9 @@ class DemandTable:
         if key in self._own:
             return (self.name,)
         best = self._best.get(key)
-        if best is None or best == peer or key.origin == peer:
+        if best is None or best[0] == peer or key.origin == peer:
             return None
-        path = self._paths[key][best]
+        path = best[1]
         if peer in path or len(path) >= self.hops_max:
             return None
         return (self.name, *path)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from pybroker.core.broker import Core
-from pybroker.core.entry import ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING
-from pybroker.core.queue import BACKLOG, QUEUE, Queue
+from pybroker.core.demand import Key
+from pybroker.core.entry import ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
+from pybroker.core.links import TOPIC_PREFIX, Links, Peer
+from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, Queue
+from pybroker.destination import QUEUE as QUEUE_KIND
+from pybroker.destination import Destination
 from pybroker.message import Message
 
 
@@ -34,6 +40,21 @@ def check_invariants(core: Core) -> None:
     stored = sum(queue.size for queue in core.queues.values())
     assert core.stored_bytes == stored, (core.stored_bytes, stored)
     assert core.spooled_bytes >= 0, core.spooled_bytes
+    _check_producers(core)
+
+
+def _check_producers(core: Core) -> None:
+    producers = core.producers.all()
+    assert len(producers) == len(core.producers), producers
+    for producer in producers:
+        ranges = producer.ranges
+        assert len(ranges) <= 2 * max(core.limits.producer_ranges_max, 1), ranges
+        for at, (first, second) in enumerate(pairwise(ranges)):
+            assert first + 1 < second if at % 2 else first <= second, ranges
+        assert core.producers.find(producer.producer_id) is producer, producer.producer_id
+        assert producer.dirty == (producer in core.dirty), producer.producer_id
+    assert all(isinstance(each, Queue) or each in producers for each in core.dirty), core.dirty
+    _check_links(core.links)
 
 
 def _check_queue(queue: Queue, messages: set[Message]) -> int:
@@ -51,8 +72,9 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     outstanding = list(queue.outstanding.values())
     for order, entry in queue.outstanding.items():
         assert entry.order == order, entry
-        assert entry.state in (HELD, SENT, SETTLING), entry
-        if entry.state != SETTLING:
+        assert entry.state in (HELD, SENT, SETTLING, STRANDED), entry
+        assert (entry.state == STRANDED) == (entry in queue.stranded), entry
+        if entry.state in (HELD, SENT):
             assert entry.consumer is not None, entry
             assert entry.consumer.unacked[entry.tag] is entry, entry
     loaded = [*window, *added, *outstanding]
@@ -75,6 +97,8 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
         assert consumer.size == sum(entry.message.size for entry in consumer.unacked.values()), consumer
         assert consumer.listed == (consumer in queue.available), consumer
         assert not consumer.listed or consumer.able, consumer
+    assert len(queue.stranded) == sum(entry.state == STRANDED for entry in outstanding), queue
+    assert not queue.available or not queue.stranded, (queue, "a consumer could take what can't be forwarded")
     if queue.available and queue.page is None:
         assert not window, (queue, "ready messages while a consumer could take them")
         assert queue.tail is None, (queue, "messages behind the window while a consumer waits, and no page asked for")
@@ -83,3 +107,74 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     if queue.kind == QUEUE:
         assert not queue.subscription, queue
     return ENTRY_BYTES * len(loaded)
+
+
+def _check_links(links: Links) -> None:
+    core = links.core
+    for name, peer in links.peers.items():
+        assert peer.name == name, peer
+        for at, queue in enumerate(peer.queues):
+            assert core.queues[queue.queue_id] is queue, queue
+            assert queue.kind == LINK, queue
+            assert queue.name == name, queue
+            assert len(queue.consumers) == (peer.link is not None and at == 0), (queue, "one lane after the other")
+            for entry in [*queue.window, *queue.outstanding.values()]:
+                route = entry.message.route
+                assert route is not None, entry
+                assert route.passed[-1] == links.name, (entry, route)
+                assert len(route.passed) <= links.config.hops_max, (entry, route)
+        namespaces = [queue.client_id for queue in peer.queues]
+        assert len(set(namespaces)) == len(namespaces), (peer.name, namespaces)
+    of_links = {queue for peer in links.peers.values() for queue in peer.queues} | links.releasing
+    for queue in core.queues.values():
+        assert (queue.kind == LINK) == (queue in of_links), queue
+        if queue.kind == QUEUE:
+            _check_routes(links, queue)
+        else:
+            assert queue.routes is None, queue
+    _check_demand(links)
+
+
+def _check_routes(links: Links, queue: Queue) -> None:
+    """A queue knows who wants its messages; who may have the first one has got it, or will be asked when he has room."""
+    destination = Destination(QUEUE_KIND, queue.name)
+    wanted: dict[Peer, tuple[int, frozenset[str]]] = {}
+    for key in _heard(links):
+        if key.destination == str(destination) and links.allowed(destination):
+            best = links.demand.best(key)
+            assert best is not None, key
+            peer = links.peers[best[0]]
+            assert peer.link is not None, (key, "plain demand by a link that is down")
+            length, origins = wanted.get(peer, (len(best[1]), frozenset()))
+            wanted[peer] = min(length, len(best[1])), origins | {key.origin}
+    assert (queue.routes or {}) == wanted, (queue, queue.routes, wanted)
+    if not wanted or queue.available or not queue.window:
+        return
+    message = queue.window.first().message
+    passed = message.route.passed if message.route is not None else ()
+    if len(passed) >= links.config.hops_max or (message.expires and message.expires <= links.core.now):
+        return
+    new = {peer for peer, (_, origins) in wanted.items() if origins - set(passed)}
+    for peer in new or (set() if queue.consumers else set(wanted)):
+        assert queue in peer.blocked, (queue, message, f"nobody remembers that it waits for {peer.name}")
+
+
+def _check_demand(links: Links) -> None:
+    """What is told to the peers is what clients consume, and every demand that has a way is known where it is used."""
+    core = links.core
+    own: set[Key] = set()
+    for queue in core.queues.values():
+        if queue.kind == QUEUE:
+            target = Destination(QUEUE_KIND, queue.name)
+            if queue.consumers and queue not in links._withheld and links.allowed(target):
+                own.add(Key(str(target), False, links.name))
+        elif queue.kind in (SUBSCRIPTION, BACKLOG):
+            own.add(Key(TOPIC_PREFIX + queue.name, queue.kind == SUBSCRIPTION, links.name))
+    assert links.demand._own.keys() == own, (links.demand._own, own)
+    ways = {key for key in _heard(links) if key.destination.startswith(TOPIC_PREFIX)}
+    assert links._routed == ways, (links._routed, ways)
+    assert len(links.topics) == len(ways), (len(links.topics), ways)
+
+
+def _heard(links: Links) -> set[Key]:
+    return {key for name in links.peers for key in links.demand.heard(name)}

@@ -18,10 +18,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pybroker.config import NetworkConfig
-from pybroker.core import forwarding
+from pybroker.core import forwarding, producers
 from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
 from pybroker.core.demand import Added, DemandTable, Dropped, Key, News
-from pybroker.core.entry import SENT
 from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import QUEUE, Destination, matches, parse_destination
@@ -66,11 +65,13 @@ class Peer:
 
 
 class Link:
-    """A connection to a peer. `lanes`: consumers of its queues by their numbers."""
+    """A connection to a peer, which takes so much that it has not accepted. `lanes`: consumers of its queues by their numbers."""
 
-    def __init__(self, peer: Peer, connection: Connection) -> None:
+    def __init__(self, peer: Peer, connection: Connection, messages_max: int, bytes_max: int) -> None:
         self.peer = peer
         self.connection = connection
+        self.messages_max = messages_max
+        self.bytes_max = bytes_max
         self.lanes: dict[int, Consumer] = {}
         self._last = 0
 
@@ -190,7 +191,13 @@ class Links:
             self._note()
 
     def tick(self) -> None:
-        """Every now and then: ask others for no more of a queue of which much is waiting here, and again when it isn't."""
+        """Every now and then: ask others for no more of a queue of which much is waiting here, and again when it isn't.
+
+        And let go on what waited for messages that expired on their way.
+        """
+        for peer in self.peers.values():
+            if peer.link is not None:
+                self._go_on(peer)
         limit = self.config.demand_backlog_max
         for queue in self._consumed:
             ready = queue.depth - len(queue.outstanding)
@@ -273,15 +280,24 @@ class Links:
 
     # ---- links come and go
 
-    def up(self, name: str, sink: Any) -> Link:
-        """A link to a peer: its demand is to come; what waits for it is given to `sink`. Raises BrokerError if there is one."""
+    def up(self, name: str, sink: Any, messages_max: int | None = None, bytes_max: int | None = None) -> Link:
+        """A link to a peer: its demand is to come; what waits for it is given to `sink`. Raises BrokerError if there is one.
+
+        messages_max, bytes_max  what the peer takes that it has not accepted (one message always); None: as this broker
+        """
         peer = self.peers.get(name)
         if peer is None:
             peer = self.peers[name] = Peer(name)
             self._save(peer)
         if peer.link is not None:
             raise BrokerError(f"there is a link to {name} already")
-        link = peer.link = Link(peer, self.core.connect(sink))
+        config = self.config
+        link = peer.link = Link(
+            peer,
+            self.core.connect(sink),
+            min(messages_max or config.link_messages_max, config.link_messages_max),
+            min(bytes_max or config.link_bytes_max, config.link_bytes_max),
+        )
         self._reroute(self.demand.up(name))
         self._start_lanes(peer)
         return link
@@ -309,8 +325,7 @@ class Links:
         queue = peer.queues[0]
         link = peer.link
         lane = Lane(link.next_number(), queue.client_id)
-        config = self.config
-        consumer = Consumer(link.connection, queue, INDIVIDUAL, config.link_messages_max, config.link_bytes_max, lane)
+        consumer = Consumer(link.connection, queue, INDIVIDUAL, link.messages_max, link.bytes_max, lane)
         link.connection.consumers[consumer] = None
         link.lanes[lane.number] = consumer
         queue.consumers.add(consumer)
@@ -341,20 +356,13 @@ class Links:
     def accepted(self, link: Link, lane: int, ranges: Sequence[tuple[int, int]]) -> None:
         """The peer has these deliveries as durably as they were here. Raises UnknownDelivery."""
         consumer = self._lane_of(link, lane)
-        queue = consumer.queue
-        unacked = consumer.unacked
-        for first, last in ranges:
-            if last - first >= consumer.last_tag:
-                raise UnknownDelivery(f"{last - first + 1} deliveries were never made on this link")
-            for tag in range(first, last + 1):
-                entry = unacked.get(tag)
-                if entry is None or entry.state != SENT:
-                    raise UnknownDelivery(f"no delivery {tag} is outstanding on this link")
-                queue.settle(entry)
-                queue.remove(entry)
-                queue.counts.acknowledged += 1
-                link.peer.forwarded += 1
-        self._moved_on(link.peer, queue)
+        counts = consumer.queue.counts
+        before = counts.acknowledged
+        try:
+            self.core.acknowledge_ranges(consumer, ranges)
+        finally:
+            link.peer.forwarded += counts.acknowledged - before
+            self._moved_on(link.peer, consumer.queue)
 
     def rejected(self, link: Link, lane: int, tag: int, code: str, text: str) -> None:
         """The peer will never take this one: it is a dead letter here, with the reason. Raises UnknownDelivery."""
@@ -376,6 +384,10 @@ class Links:
     def _moved_on(self, peer: Peer, queue: Queue) -> None:
         if queue.available:
             queue.dispatch()
+        self._go_on(peer)
+
+    def _go_on(self, peer: Peer) -> None:
+        """Fewer may be waiting for a peer than before."""
         if len(peer.queues) > 1:
             self._start_lanes(peer)
         if peer.blocked and peer.waiting <= self.config.link_messages_max * 3 // 4 and self.has_room(peer):
@@ -389,8 +401,6 @@ class Links:
         `message.route.passed` ends with the peer. Raises what else makes it impossible to take it, ever: InvalidDestination,
         InvalidMessage, LimitExceeded.
         """
-        from pybroker.core import producers
-
         core = self.core
         peer = link.peer
         producer = core.producers.open(f"link {peer.name} {namespace}")

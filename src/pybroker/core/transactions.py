@@ -5,12 +5,14 @@ All that a commit emits is emitted in one turn, and so enters one batch: that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Connection, Consumer, Transaction
 from pybroker.core.entry import SETTLING, Entry
+from pybroker.core.producers import Once
 from pybroker.core.queue import DELETED, Queue
-from pybroker.errors import LimitExceeded, TransactionError
+from pybroker.errors import LimitExceeded, SendInDoubt, TransactionError
 from pybroker.message import Message
 
 if TYPE_CHECKING:
@@ -45,12 +47,16 @@ def _check_transaction(core: Core, transaction: Transaction, count: int, size: i
         )
 
 
-def send_later(core: Core, connection: Connection, message: Message, name: str) -> None:
-    """Send within a transaction."""
+def send_later(core: Core, connection: Connection, message: Message, name: str, once: Once | None = None) -> None:
+    """Send within a transaction. What its producer sent before is left out; it is looked at again at the commit."""
     transaction = _transaction(connection, name)
+    if once is not None and not core.producers.is_new(*once):
+        return
     core.check(message)
     _check_transaction(core, transaction, 1, message.size)
     transaction.messages.append(message)
+    if once is not None:
+        transaction.numbered[message] = once[:2]
     transaction.size += message.size
     core.memory_bytes += message.size
 
@@ -68,17 +74,87 @@ def settle_later(core: Core, consumer: Consumer, entries: list[Entry], name: str
         queue.dispatch()
 
 
-def commit(core: Core, connection: Connection, name: str) -> None:
-    """Do all that the transaction collected, in one turn and so in one batch. Raises TransactionError, BrokerFull."""
+def commit(core: Core, connection: Connection, name: str, once: Once | None = None) -> None:
+    """Do all that the transaction collected, in one turn and so in one batch. Raises TransactionError, LimitExceeded.
+
+    With `once` the commit has a sequence of its own. One that is stored already is done with: what the transaction has collected
+    since is given up as by `abort`, if it is open at all. Raises SendInDoubt, also for what the transaction would send; the
+    transaction is aborted then.
+    """
+    if once is not None and not _is_first(core, connection, name, once):
+        return
     transaction = _transaction(connection, name)
     del connection.transactions[name]
-    messages = transaction.messages
-    core.memory_bytes -= sum(message.size for message in messages)
+    core.memory_bytes -= sum(message.size for message in transaction.messages)
+    try:
+        _leave_out_repeats(core, transaction)
+        _check_destinations(core, transaction.messages)
+    except (LimitExceeded, SendInDoubt):
+        _give_back(core, transaction)
+        raise
+    _carry_out(core, transaction)
+    for message, (producer_id, sequence) in transaction.numbered.items():
+        core.producers.open(producer_id).stored(sequence, sequence, message.durable)
+    if once is not None:
+        core.producers.open(once[0]).stored(once[1], once[1])
+
+
+def _is_first(core: Core, connection: Connection, name: str, once: Once) -> bool:
+    """Whether a commit is to be done. If it is not, or if nobody knows (SendInDoubt), the transaction is aborted."""
+    new = False
+    try:
+        new = core.producers.is_new(*once)
+    finally:
+        if not new and name in connection.transactions:
+            abort(core, connection, name)
+    return new
+
+
+def _leave_out_repeats(core: Core, transaction: Transaction) -> None:
+    """Take out messages whose sequences have been stored since they were collected, or are there twice."""
+    if not transaction.numbered:
+        return
+    seen: set[tuple[str, int]] = set()
+    repeats: set[Message] = set()
+    for message, number in transaction.numbered.items():
+        if number in seen:
+            core.duplicates += 1
+        elif core.producers.is_new(*number):
+            seen.add(number)
+            continue
+        repeats.add(message)
+    if repeats:
+        transaction.messages = [message for message in transaction.messages if message not in repeats]
+
+
+def transact(core: Core, messages: list[Message], acknowledged: Sequence[Entry], rejected: Sequence[Entry]) -> bool:
+    """A whole transaction at once; the entries are outstanding, each there once. True when the store will keep all messages.
+
+    Raises LimitExceeded, InvalidDestination, InvalidMessage; nothing is done then.
+    """
+    transaction = Transaction()
+    size = sum(message.size for message in messages)
+    _check_transaction(core, transaction, len(messages) + len(acknowledged) + len(rejected), size)
+    for message in messages:
+        core.check(message)
+    _check_destinations(core, messages)
+    transaction.messages = messages
+    for entries, done in ((acknowledged, True), (rejected, False)):
+        for entry in entries:
+            entry.queue.settle(entry)
+            entry.state = SETTLING
+            transaction.settled.append((entry, done))
+    return _carry_out(core, transaction)
+
+
+def _check_destinations(core: Core, messages: list[Message]) -> None:
     new = {message.destination for message in messages} - core.by_destination.keys()
     if len(core.queues) + len(new) > core.limits.destinations_max and any(text.startswith("/queue/") for text in new):
-        _give_back(core, transaction)
         limit = core.limits.destinations_max
-        raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was aborted")
+        raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was refused")
+
+
+def _carry_out(core: Core, transaction: Transaction) -> bool:
     queues: dict[Queue, list[Entry]] = {}
     for entry, done in transaction.settled:
         returning = queues.setdefault(entry.queue, [])
@@ -87,9 +163,9 @@ def commit(core: Core, connection: Connection, name: str) -> None:
             entry.queue.counts.acknowledged += 1
         else:
             returning.append(entry)
-    for message in messages:
-        core.send(message)
+    stored = [core.send(message) for message in transaction.messages]
     _return(core, queues)
+    return all(stored)
 
 
 def abort(core: Core, connection: Connection, name: str) -> None:

@@ -43,6 +43,9 @@ from pybroker.protocols.native_frames import (
     Welcome,
 )
 
+RANGES_MAX = 100_000  # ranges in one array
+LARGE_BYTES = 1024 * 1024  # from this size on it is counted what a frame is made of
+ITEMS_MAX = 1_000_000  # items in the arrays and maps of a large frame: each takes much more memory than bytes on the wire
 HEADER_BLOCKS_MAX = 256  # header blocks that are remembered as well formed
 HEADER_BLOCK_REMEMBERED = 2_048  # bytes of the longest one of these
 
@@ -59,10 +62,10 @@ class HeaderBlocks:
 
     def check(self, block: object) -> bytes:
         """The block; raises ProtocolError."""
-        if block in self._known:
-            return block
         if not isinstance(block, bytes):
             raise ProtocolError("a header block must be bytes")
+        if block in self._known:
+            return block
         try:
             whole = encode_headers(decode_headers(block)) == block
         except (InvalidMessage, UnicodeDecodeError):
@@ -107,8 +110,8 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 def ranges_of(value: Any) -> list[tuple[int, int]]:
     """Ranges from first, last, first, last, ...: rising, without overlap."""
     flat = array(value, "ranges")
-    if not flat or len(flat) % 2:
-        raise ProtocolError("ranges must be pairs of numbers, at least one")
+    if not flat or len(flat) % 2 or len(flat) > 2 * RANGES_MAX:
+        raise ProtocolError(f"ranges must be pairs of numbers, at least one and at most {RANGES_MAX}")
     found = []
     before = -1
     for first, last in zip(flat[::2], flat[1::2], strict=True):
@@ -327,12 +330,37 @@ _DECODERS: dict[int, Callable[[tuple[Any, ...], HeaderBlocks], Frame]] = {
 def unpack_frame(data: bytes | memoryview) -> tuple[Any, ...]:
     """The array of a frame; raises ProtocolError."""
     try:
-        fields = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
+        if len(data) < LARGE_BYTES:
+            fields = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
+        else:
+            fields = _unpack_large(data)
     except (ValueError, msgpack.exceptions.UnpackException) as error:  # UnicodeDecodeError is a ValueError
         raise ProtocolError(f"a frame is not msgpack: {type(error).__name__}") from None
     if fields.__class__ is not tuple or not fields or fields[0].__class__ is not int:
         raise ProtocolError("a frame must be an array that begins with its type")
     return fields
+
+
+def _unpack_large(data: bytes | memoryview) -> Any:
+    left = ITEMS_MAX
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= len(container) + 1
+        if left < 0:
+            raise ProtocolError(f"a frame has more than {ITEMS_MAX} items")
+        return container
+
+    return msgpack.unpackb(
+        data,
+        raw=False,
+        use_list=False,
+        strict_map_key=True,
+        list_hook=count,
+        object_hook=count,
+        max_array_len=ITEMS_MAX,
+        max_map_len=ITEMS_MAX,
+    )
 
 
 def decode_frame(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Frame:

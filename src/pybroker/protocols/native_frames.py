@@ -203,15 +203,15 @@ def pack_frame(fields: Sequence[Any]) -> bytes:
 
 
 def encode_hello(options: Mapping[str, Any], versions: Sequence[int] = VERSIONS) -> bytes:
-    return pack_frame((HELLO, MAGIC, versions, options))
+    return pack_frame((HELLO, MAGIC, versions, dict(options)))
 
 
 def encode_welcome(version: int, options: Mapping[str, Any]) -> bytes:
-    return pack_frame((WELCOME, version, options))
+    return pack_frame((WELCOME, version, dict(options)))
 
 
 def encode_error(code: str, text: str, details: Mapping[str, Any] | None = None) -> bytes:
-    return pack_frame((ERROR, code, text[:TEXT_MAX], details or {}))
+    return pack_frame((ERROR, code, text[:TEXT_MAX], dict(details or {})))
 
 
 def encode_bye() -> bytes:
@@ -304,7 +304,7 @@ def encode_ended(subscription: int, code: str, text: str) -> bytes:
 
 
 def encode_members(members: Mapping[str, Sequence[str]]) -> bytes:
-    return pack_frame((MEMBERS, members))
+    return pack_frame((MEMBERS, dict(members)))
 
 
 def _flat(ranges: Ranges) -> list[int]:

@@ -8,13 +8,21 @@ is None.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from pybroker.errors import BrokerError
 from pybroker.message import Message
 from pybroker.protocols.stomp_headers import Headers
 
 AckMode = Literal["auto", "client", "client-individual"]
+
+
+class Numbered(NamedTuple):
+    """What a producer says of a SEND or a COMMIT so that it is stored once: its id, a sequence, "I may have sent it before"."""
+
+    producer: str
+    sequence: int
+    repeat: bool = False
 
 
 class Event:
@@ -61,12 +69,15 @@ class Connect(Event):
 class Send(Event):
     """SEND: ``message`` has no id and no timestamp yet, and its destination's name is not checked."""
 
-    __slots__ = ("message", "receipt", "transaction")
+    __slots__ = ("message", "numbered", "receipt", "transaction")
 
-    def __init__(self, message: Message, transaction: str | None, receipt: bytes | None) -> None:
+    def __init__(
+        self, message: Message, transaction: str | None, receipt: bytes | None, numbered: Numbered | None = None
+    ) -> None:
         self.message = message
         self.transaction = transaction
         self.receipt = receipt
+        self.numbered = numbered
 
 
 class Subscribe(Event):
@@ -165,7 +176,11 @@ class Begin(_Transaction):
 class Commit(_Transaction):
     """COMMIT."""
 
-    __slots__ = ()
+    __slots__ = ("numbered",)
+
+    def __init__(self, transaction: str, receipt: bytes | None, numbered: Numbered | None = None) -> None:
+        super().__init__(transaction, receipt)
+        self.numbered = numbered
 
 
 class Abort(_Transaction):

@@ -8,6 +8,7 @@ It must never keep state. Follows "Client Frames" of STOMP 1.0, 1.1 and 1.2 (htt
   subscription's ``id`` as its name, for topics only.
 * ``activemq.prefetchSize`` from 1; ``prefetch-count`` from 1, or 0 for no limit.
 * A non-empty ``selector`` is refused: without it a consumer would get what it does not want.
+* ``producer-id`` and ``producer-sequence`` in COMMIT: see `stomp_numbered`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from pybroker.protocols.stomp_events import (
     Unsubscribe,
 )
 from pybroker.protocols.stomp_headers import Headers, shown
+from pybroker.protocols.stomp_numbered import NUMBERED, parse_numbered
 
 ACK_MODES = ("auto", "client", "client-individual")
 _HEARTBEAT_DIGITS_MAX = 10
 _PREFETCH_DIGITS_MAX = 10
-_TRANSACTION_EVENTS = {b"BEGIN": Begin, b"COMMIT": Commit, b"ABORT": Abort}
+_TRANSACTION_EVENTS: dict[bytes, type[Begin | Commit | Abort]] = {b"BEGIN": Begin, b"COMMIT": Commit, b"ABORT": Abort}
 _ACK_EVENTS = {b"ACK": Ack, b"NACK": Nack}
 
 
@@ -46,6 +48,8 @@ def parse_request(
         return _acknowledgement(command, headers, version, receipt)
     if command in _TRANSACTION_EVENTS:
         transaction = _required(command.decode(), headers, "transaction", "transaction:tx1")
+        if command == b"COMMIT":
+            return Commit(transaction, receipt, parse_numbered("COMMIT", *(first(headers, name) for name in NUMBERED)))
         return _TRANSACTION_EVENTS[command](transaction, receipt)
     if command == b"SUBSCRIBE":
         return _subscribe(headers, version, client_id, receipt)

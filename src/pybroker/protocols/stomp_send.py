@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from pybroker.errors import InvalidMessage, ProtocolError
 from pybroker.message import PRIORITY_DEFAULT, PRIORITY_MAX, escape
+from pybroker.protocols.stomp_events import Numbered
 from pybroker.protocols.stomp_headers import decode_head, shown
+from pybroker.protocols.stomp_numbered import NUMBERED, cut_sequence, parse_numbered
 
-# What a SEND's header lines come to: destination, header block, durable, priority, expires, transaction.
-SendHeaders = tuple[str, bytes, bool, int, int, str | None]
+# What a SEND's header lines come to: destination, header block, durable, priority, expires, transaction, its number.
+SendHeaders = tuple[str, bytes, bool, int, int, str | None, Numbered | None]
 
 # Not passed on: they belong to one hop, or the broker says them itself in MESSAGE.
 TRANSPORT_HEADERS = frozenset(
@@ -28,6 +30,7 @@ TRANSPORT_HEADERS = frozenset(
         "subscription",
         "timestamp",
         "transaction",
+        *NUMBERED,
     }
 )
 _PROPERTY_HEADERS = frozenset({"expires", "persistent", "priority"})  # passed on, too
@@ -38,8 +41,8 @@ _ENTRY_BYTES_MAX = 4096  # longer header lines are not remembered
 class HeaderMemo:
     """Remembers what header lines came to, within ``entries_max`` and ``bytes_max``; emptied when it is full.
 
-    Producers repeat the same header lines, apart from receipt and content-length, which are cut out before.
-    ``entries_max=0`` remembers nothing.
+    Producers repeat the same header lines, apart from receipt and content-length, which are cut out before, and from
+    producer-sequence, which `read_send` cuts out. ``entries_max=0`` remembers nothing.
     """
 
     __slots__ = ("_bytes", "_entries", "_tables", "bytes_max", "entries_max")
@@ -68,8 +71,36 @@ class HeaderMemo:
         self._bytes += size
 
 
-def parse_send(lines: bytes, version: str | None, durable_default: bool) -> SendHeaders:
-    """Parse a SEND's header lines; raise `ProtocolError` or `InvalidMessage` with how to mend them."""
+def read_send(
+    lines: bytes, version: str | None, durable_default: bool, memo: HeaderMemo, table: dict[bytes, SendHeaders]
+) -> SendHeaders:
+    """The meaning of header lines that are not in `table`, where it is remembered if it can be; raises as `parse_send`.
+
+    A number differs from frame to frame: what is remembered of numbered frames is the rest, under a key that no lines have.
+    """
+    cut = cut_sequence(lines)
+    if cut is None:
+        headers = parse_send(lines, version, durable_default)
+        if headers[-1] is None:
+            memo.remember(table, lines, headers)
+        return headers
+    rest, sequence = cut
+    key = rest + b"\0"
+    known = table.get(key)
+    if known is None:
+        headers = parse_send(rest, version, durable_default, sequence)
+        memo.remember(table, key, headers)
+        return headers
+    numbered = known[-1]
+    assert numbered is not None
+    return (*known[:-1], Numbered(numbered.producer, sequence, numbered.repeat))
+
+
+def parse_send(lines: bytes, version: str | None, durable_default: bool, sequence: int | None = None) -> SendHeaders:
+    """Parse a SEND's header lines; raise `ProtocolError` or `InvalidMessage` with how to mend them.
+
+    With `sequence` that is what a producer-sequence header said which was in front of these lines.
+    """
     known: dict[str, str] = {}
     kept: list[str] = []
     plain = 92 not in lines and 13 not in lines  # no backslash, no CR: all but a colon is in canonical form already
@@ -82,6 +113,8 @@ def parse_send(lines: bytes, version: str | None, durable_default: bool) -> Send
         kept.append(f"{name}:{value}\n" if plain and ":" not in value else f"{escape(name)}:{escape(value)}\n")
     if version == "1.0":
         known = {name: value.strip(" ") for name, value in known.items()}
+    if sequence is not None:
+        known["producer-sequence"] = str(sequence)
     destination = known.get("destination")
     if not destination:
         raise ProtocolError("SEND needs the header destination, for example destination:/queue/NAME")
@@ -95,6 +128,7 @@ def parse_send(lines: bytes, version: str | None, durable_default: bool) -> Send
         _priority(known.get("priority")),
         _expires(known.get("expires")),
         transaction,
+        parse_numbered("SEND", *map(known.get, NUMBERED)),
     )
 
 

@@ -31,7 +31,7 @@ from pybroker.protocols.stomp_headers import (
     shown,
 )
 from pybroker.protocols.stomp_requests import first, parse_heart_beat, parse_request
-from pybroker.protocols.stomp_send import HeaderMemo, parse_send
+from pybroker.protocols.stomp_send import HeaderMemo, read_send
 
 _BEFORE_CONNECT = {b"CONNECT": False, b"STOMP": False}
 _SESSION_COMMANDS = (b"SEND", b"SUBSCRIBE", b"UNSUBSCRIBE", b"ACK", b"NACK", b"BEGIN", b"COMMIT", b"ABORT")
@@ -137,11 +137,10 @@ class StompSession:
                 if command == b"SEND":
                     known = table.get(lines)
                     if known is None:
-                        known = parse_send(lines, version, self._durable_default)
-                        self._memo.remember(table, lines, known)
-                    destination, block, durable, priority, expires, transaction = known
+                        known = read_send(lines, version, self._durable_default, self._memo, table)
+                    destination, block, durable, priority, expires, transaction, numbered = known
                     message = Message(destination, body, block, durable, priority, expires)
-                    events.append(Send(message, transaction, receipt))
+                    events.append(Send(message, transaction, receipt, numbered))
                     continue
                 if command == b"ACK" and lines.startswith(b"\nid:") and version == "1.2":
                     ack_id = lines[4:-1]

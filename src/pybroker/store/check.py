@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pybroker.errors import CorruptRecord, StoreDamaged
+from pybroker.message import Message
 from pybroker.operations import SEQUENCE_MASK, QueueRecord
 from pybroker.store import format as fmt
 from pybroker.store.backend import Reader
@@ -122,6 +123,10 @@ class _Verification:
                 self.bodies.setdefault(numbers[0], _References()).left = fmt.decode_number(key, value)
             elif tag == fmt.HISTORY:
                 self.history.append((numbers[0], fmt.decode_number(key, value)))
+            elif tag == fmt.PRODUCER:
+                fmt.decode_producer(key, value)
+            elif tag == fmt.PEER:
+                fmt.decode_peer(key, value)
             elif tag == fmt.META:
                 self._meta(value)
             elif tag == fmt.POSITION:
@@ -147,6 +152,7 @@ class _Verification:
             found.fences += 1
             return
         found.count += 1
+        record = found.record
         try:
             if fmt.flags_of(value) & fmt.REFERENCE:
                 body_id, expires, size = fmt.decode_reference(key, value)
@@ -154,11 +160,13 @@ class _Verification:
             else:
                 message = fmt.decode_message(key, value, order)
                 expires, size = message.expires, message.size
+                if record is not None and not belongs(record, order, message):
+                    text = "a message on its way to another broker has no route, or is not in order of forwarding"
+                    self.problems.add(key, "route", text)
         except CorruptRecord:
             found.corrupt += 1
             raise
         found.size += size
-        record = found.record
         if record is not None and order < record.head:
             self.problems.add(key, "head", f"the message lies before its queue's head {record.head}")
         if record is not None and order & SEQUENCE_MASK >= record.next_sequence:
@@ -263,6 +271,11 @@ class _Verification:
                 "references",
                 f"{references.left} references are counted, found {references.count}",
             )
+
+
+def belongs(record: QueueRecord, order: int, message: Message) -> bool:
+    """Whether a queue of that kind can hold the message in that place: that of a link holds what is being forwarded."""
+    return record.kind != "link" or (message.route is not None and order <= SEQUENCE_MASK)
 
 
 def summary(queue_id: int, record: QueueRecord | None, count: int, size: int) -> QueueSummary:

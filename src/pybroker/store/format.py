@@ -7,21 +7,25 @@ that a value under another's key is detected too. Integers in keys and values ar
 
 from __future__ import annotations
 
+from hashlib import sha256
+from itertools import pairwise
 from struct import Struct
 from zlib import crc32
 
 from pybroker.errors import CorruptRecord
-from pybroker.message import PRIORITY_MAX, Message
-from pybroker.operations import LEVELS, SEQUENCE_BITS, QueueRecord
+from pybroker.message import PRIORITY_MAX, Message, Route
+from pybroker.operations import LEVELS, SEQUENCE_BITS, PeerRecord, ProducerRecord, QueueRecord
 
 FORMAT = 1  # of the store as a whole, in the META value
 MAGIC = b"pybroker store\n"
 
 # ---- tags: the first byte of each key. On disk: do not change.
 
-HISTORY = 0x0F  # | epoch: the first lsn of that epoch. Read at open with the descriptors: META ends both ranges
+PRODUCER = 0x0D  # | digest of the id: which sends of that producer are stored. Read at open, as all up to META
+PEER = 0x0E  # | digest of the name: another broker of the network
+HISTORY = 0x0F  # | epoch: the first lsn of that epoch
 QUEUE = 0x10  # | queue_id: a queue's descriptor
-META = 0x11  # alone: what the store is. Always there: it ends the range of descriptors
+META = 0x11  # alone: what the store is. Always there: it ends the range that is read at open
 POSITION = 0x12  # alone: the (epoch, lsn) of the last batch
 IDS = 0x13  # alone: lower bounds of the ids that were never used
 MESSAGE = 0x20  # | queue_id | order: a message, a reference to a body, or (order = FENCE_ORDER) the queue's fence
@@ -43,11 +47,14 @@ ID_MAX = 2**64 - 1
 DURABLE = 0x01
 REFERENCE = 0x02
 FENCE = 0x04
+ROUTED = 0x08  # a message with its way through a network, in a value of version ROUTED_VERSION
 
-KINDS = {"queue": 1, "subscription": 2, "deleted": 3}  # deleted: its messages are still being removed
+KINDS = {"queue": 1, "subscription": 2, "deleted": 3, "link": 4}  # deleted: its messages are still being removed
 _KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 VERSION = 1  # of each value
+ROUTED_VERSION = 2  # of a message's that has a route, and of none else
+DIGEST_BYTES = 16  # of the SHA-256 of a producer's id or a peer's name, in their keys
 CHECKSUM_BYTES = 4
 RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
 
@@ -69,9 +76,21 @@ _NUMBER = Struct(">BQ")  # version, a count or a size
 _PAIR = Struct(">BQQ")  # version, two numbers
 _QUEUE_HEAD = Struct(f">BB4Q{LEVELS}QHHH")
 _META = Struct(">BI8sQ")  # version, format, store id, starts
+_ROUTE_HEAD = Struct(">IIBHH")  # bytes of the route behind these, deliveries, priority, names passed, targets
+_PRODUCER_HEAD = Struct(">BQQIH")  # version, floor, last_used, ranges, bytes of the id
+_PEER_HEAD = Struct(">BHI")  # version, bytes of the name, demands
+_U16 = Struct(">H")
 
 
 # ---- keys
+
+
+def producer_key(producer_id: str) -> bytes:
+    return bytes((PRODUCER,)) + sha256(producer_id.encode()).digest()[:DIGEST_BYTES]
+
+
+def peer_key(name: str) -> bytes:
+    return bytes((PEER,)) + sha256(name.encode()).digest()[:DIGEST_BYTES]
 
 
 def history_key(epoch: int) -> bytes:
@@ -103,10 +122,10 @@ def expiry_key(expires: int, queue_id: int, order: int) -> bytes:
 
 
 def parse_key(key: bytes) -> tuple[int, ...]:
-    """The tag and the numbers of a key; raise `CorruptRecord` for a key that no store of this format has."""
+    """The tag and the numbers of a key (of a digest, its halves); raise `CorruptRecord` for one that no store has."""
     tag = key[0] if key else -1
     size = len(key)
-    if tag in (MESSAGE, DELIVERIES) and size == 17:
+    if tag in (MESSAGE, DELIVERIES, PRODUCER, PEER) and size == 17:
         numbers: tuple[int, ...] = _unkey16(key)
     elif tag == EXPIRY and size == 25:
         numbers = _unkey24(key)
@@ -151,7 +170,9 @@ def _unpack(struct: Struct, key: bytes, value: bytes) -> tuple[int, ...]:
 
 
 def encode_message(key: bytes, message: Message) -> bytes:
-    """The value of a message under MESSAGE or BODY. Its priority is in the order, not here."""
+    """The value of a message under MESSAGE or BODY. Its priority is in the order, not here (that in a route is)."""
+    if message.route is not None:
+        return _encode_routed(key, message, message.route)
     message_id = message.message_id
     destination = message.destination.encode()
     header_block = message.header_block
@@ -181,6 +202,8 @@ def decode_message(key: bytes, value: bytes, order: int) -> Message:
         raise CorruptRecord(key, "the checksum is wrong")
     end = len(value) - CHECKSUM_BYTES
     if end < _MESSAGE_HEAD_BYTES or value[0] != VERSION or value[1] > DURABLE:
+        if end >= _MESSAGE_HEAD_BYTES and value[0] == ROUTED_VERSION and value[1] in (ROUTED, ROUTED | DURABLE):
+            return _decode_routed(key, value, order)
         check(key, value)
         raise CorruptRecord(key, "the value is not a message")
     _, flags, timestamp, expires, id_bytes, destination_bytes, header_bytes = _unpack_message(value)
@@ -203,6 +226,69 @@ def decode_message(key: bytes, value: bytes, order: int) -> Message:
         expires,
         value[_MESSAGE_HEAD_BYTES:destination_at],
         timestamp,
+    )
+
+
+def _encode_routed(key: bytes, message: Message, route: Route) -> bytes:
+    """As that of any other message, with the route between header block and body."""
+    message_id = message.message_id
+    destination = message.destination.encode()
+    names = _pack_texts((*route.passed, *route.targets))
+    return seal(
+        key,
+        b"".join(
+            (
+                _pack_message(
+                    ROUTED_VERSION,
+                    ROUTED | (DURABLE if message.durable else 0),
+                    message.timestamp,
+                    message.expires,
+                    len(message_id),
+                    len(destination),
+                    len(message.header_block),
+                ),
+                message_id,
+                destination,
+                message.header_block,
+                _ROUTE_HEAD.pack(len(names), route.deliveries, route.priority, len(route.passed), len(route.targets)),
+                names,
+                message.body,
+            )
+        ),
+    )
+
+
+def _decode_routed(key: bytes, value: bytes, order: int) -> Message:
+    end = len(value) - CHECKSUM_BYTES
+    _, flags, timestamp, expires, id_bytes, destination_bytes, header_bytes = _unpack_message(value)
+    destination_at = _MESSAGE_HEAD_BYTES + id_bytes
+    header_at = destination_at + destination_bytes
+    route_at = header_at + header_bytes
+    names_at = route_at + _ROUTE_HEAD.size
+    priority = PRIORITY_MAX - (order >> SEQUENCE_BITS)
+    if names_at > end or priority < 0:
+        raise CorruptRecord(key, "lengths or order are out of range")
+    names_bytes, deliveries, sent_priority, passed, targets = _ROUTE_HEAD.unpack_from(value, route_at)
+    body_at = names_at + names_bytes
+    if body_at > end or sent_priority > PRIORITY_MAX:
+        raise CorruptRecord(key, "the route's length or priority is out of range")
+    names, names_end = _unpack_texts(key, value, names_at, body_at, passed + targets)
+    if names_end != body_at:
+        raise CorruptRecord(key, "the route is longer than its names")
+    try:
+        destination = value[destination_at:header_at].decode()
+    except UnicodeDecodeError:
+        raise CorruptRecord(key, "the destination is not UTF-8") from None
+    return Message(
+        destination,
+        value[body_at:end],
+        value[header_at:route_at],
+        bool(flags & DURABLE),
+        priority,
+        expires,
+        value[_MESSAGE_HEAD_BYTES:destination_at],
+        timestamp,
+        Route(names[:passed], names[passed:], deliveries, sent_priority),
     )
 
 
@@ -309,6 +395,102 @@ def decode_queue(key: bytes, value: bytes) -> QueueRecord:
         )
     except UnicodeDecodeError:
         raise CorruptRecord(key, "a name is not UTF-8") from None
+
+
+# ---- producers and peers
+
+
+def encode_producer(key: bytes, record: ProducerRecord) -> bytes:
+    producer_id = record.producer_id.encode()
+    ranges = record.ranges
+    head = _PRODUCER_HEAD.pack(VERSION, record.floor, record.last_used, len(ranges) // 2, len(producer_id))
+    payload = b"".join((head, producer_id, Struct(f">{len(ranges)}Q").pack(*ranges)))
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+def decode_producer(key: bytes, value: bytes) -> ProducerRecord:
+    check(key, value)
+    end = len(value) - CHECKSUM_BYTES
+    if end < _PRODUCER_HEAD.size:
+        raise CorruptRecord(key, "the producer's record is too short")
+    _, floor, last_used, count, id_bytes = _PRODUCER_HEAD.unpack_from(value)
+    ranges_at = _PRODUCER_HEAD.size + id_bytes
+    if ranges_at + 16 * count != end:
+        raise CorruptRecord(key, "the lengths of a producer's record are out of range")
+    try:
+        producer_id = value[_PRODUCER_HEAD.size : ranges_at].decode()
+    except UnicodeDecodeError:
+        raise CorruptRecord(key, "the producer's id is not UTF-8") from None
+    if producer_key(producer_id) != key:
+        raise CorruptRecord(key, "the producer's id is one of another key")
+    ranges = Struct(f">{2 * count}Q").unpack_from(value, ranges_at)
+    if not _rises(ranges):
+        raise CorruptRecord(key, "the ranges of a producer's record do not rise")
+    return ProducerRecord(producer_id, ranges, floor, last_used)
+
+
+def _rises(ranges: tuple[int, ...]) -> bool:
+    """Whether each range ends at or behind its start, and well before the next one."""
+    return all(first + 1 < second if at % 2 else first <= second for at, (first, second) in enumerate(pairwise(ranges)))
+
+
+def encode_peer(key: bytes, record: PeerRecord) -> bytes:
+    name = record.name.encode()
+    parts = [_PEER_HEAD.pack(VERSION, len(name), len(record.demand)), name]
+    for pattern, origin, path in record.demand:
+        parts += (_U16.pack(len(path)), _pack_texts((pattern, origin, *path)))
+    return seal(key, b"".join(parts))
+
+
+def decode_peer(key: bytes, value: bytes) -> PeerRecord:
+    check(key, value)
+    end = len(value) - CHECKSUM_BYTES
+    if end < _PEER_HEAD.size:
+        raise CorruptRecord(key, "the peer's record is too short")
+    _, name_bytes, count = _PEER_HEAD.unpack_from(value)
+    at = _PEER_HEAD.size + name_bytes
+    try:
+        name = value[_PEER_HEAD.size : at].decode()
+    except UnicodeDecodeError:
+        raise CorruptRecord(key, "the peer's name is not UTF-8") from None
+    if at > end or peer_key(name) != key:
+        raise CorruptRecord(key, "the peer's name is one of another key")
+    demand = []
+    for _ in range(count):
+        if at + _U16.size > end:
+            raise CorruptRecord(key, "the peer's record ends within its demand")
+        (length,) = _U16.unpack_from(value, at)
+        texts, at = _unpack_texts(key, value, at + _U16.size, end, 2 + length)
+        demand.append((texts[0], texts[1], texts[2:]))
+    if at != end:
+        raise CorruptRecord(key, "the peer's record is longer than its demand")
+    return PeerRecord(name, tuple(demand))
+
+
+def _pack_texts(texts: tuple[str, ...]) -> bytes:
+    """Each with its length in bytes before it."""
+    parts: list[bytes] = []
+    for text in texts:
+        encoded = text.encode()
+        parts += (_U16.pack(len(encoded)), encoded)
+    return b"".join(parts)
+
+
+def _unpack_texts(key: bytes, value: bytes, at: int, end: int, count: int) -> tuple[tuple[str, ...], int]:
+    """So many texts from `at` on, and where they end; none of them reaches behind `end`."""
+    texts = []
+    for _ in range(count):
+        start = at + _U16.size
+        if start > end:
+            raise CorruptRecord(key, "a text is missing")
+        at = start + int.from_bytes(value[at:start], "big")
+        if at > end:
+            raise CorruptRecord(key, "a text is longer than what holds it")
+        try:
+            texts.append(value[start:at].decode())
+        except UnicodeDecodeError:
+            raise CorruptRecord(key, "a text is not UTF-8") from None
+    return tuple(texts), at
 
 
 # ---- meta

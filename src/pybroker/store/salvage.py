@@ -18,7 +18,7 @@ from pybroker.errors import CorruptRecord, InvalidDestination, StoreDamaged, Sto
 from pybroker.operations import LEVELS, SEQUENCE_MASK, QueueRecord
 from pybroker.store import format as fmt
 from pybroker.store.backend import Change, Reader
-from pybroker.store.check import summary
+from pybroker.store.check import belongs, summary
 from pybroker.store.directory import DIRECTORY_MODE, is_ours
 from pybroker.store.layout import STORE_DIRECTORY
 from pybroker.store.leveldb import LevelDBBackend, repair
@@ -33,7 +33,8 @@ SIDE_COPY = "salvage-copy"
 NOTE_IDENTITY = "the new store has an identity of its own: in a replica set it is a learner, not the copy that it was"
 NOTE_REPAIR = (
     "LevelDB refused the directory, so its own repair ran on a side copy: messages that were deleted before may be "
-    "back, and messages of damaged tables may be missing without being listed"
+    "back, messages of damaged tables may be missing without being listed, and what a producer or another broker repeats "
+    "may be stored twice"
 )
 NOTE_POSITION = "the position of the last batch could not be read"
 
@@ -195,6 +196,12 @@ class _Salvage:
             self.position = fmt.decode_pair(key, value)
         elif tag == fmt.HISTORY:
             self.epoch = max(self.epoch, numbers[0])
+        elif tag == fmt.PRODUCER:
+            fmt.decode_producer(key, value)
+            self._put(key, value)
+        elif tag == fmt.PEER:
+            fmt.decode_peer(key, value)
+            self._put(key, value)
         elif tag == fmt.IDS:
             self.ids = fmt.decode_pair(key, value)
         # REFERENCES and EXPIRY are made anew.
@@ -213,6 +220,8 @@ class _Salvage:
             expires, size = message.expires, message.size
             if len(queue.destinations) < 2:
                 queue.destinations.add(message.destination)
+            if queue.record is not None and not belongs(queue.record, order, message):
+                queue.record = None  # to nobody that could be forwarded: it becomes a queue that can be consumed
         queue.count += 1
         queue.size += size
         queue.first = order if queue.first is None else queue.first

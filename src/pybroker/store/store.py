@@ -1,8 +1,8 @@
 """The store: operations in, batches out, pages back. Owns ids, positions and what is read at open; no plyvel, no trio.
 
-Follows DESIGN.md section 4. The store holds the *state*: a key per live message. Opening reads the history of epochs,
-the queue descriptors and three more keys, never a message. What may block says so; it belongs into a worker thread if
-`backend.blocking`.
+Follows DESIGN.md section 4. The store holds the *state*: a key per live message. Opening reads the history of epochs, the
+records of producers and peers, the queue descriptors and three more keys, never a message. What may block says so; it
+belongs into a worker thread if `backend.blocking`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,21 @@ from pybroker.message import Message
 from pybroker.operations import (
     DELETE_BODY,
     DELETE_MESSAGE,
+    DELETE_PEER,
+    DELETE_PRODUCER,
     DELETE_QUEUE,
     PUT_BODY,
     PUT_DELIVERIES,
     PUT_MESSAGE,
+    PUT_PEER,
+    PUT_PRODUCER,
     PUT_QUEUE,
     PUT_REFERENCE,
     PUT_VALUE,
     SET_REFERENCES,
     DueEntry,
+    PeerRecord,
+    ProducerRecord,
     QueueRecord,
 )
 from pybroker.store import format as fmt
@@ -47,6 +53,7 @@ class Store:
     history         ``(epoch, first lsn)`` of each epoch that the store went through, rising; what comes before the first
                     record is epoch 0. Kept up by `write`
     records         the descriptors of its queues, in order of their ids, as they were at `open` or `reload`
+    producers, peers  what is known of producers and of other brokers, in order of their keys, as it was then
     next_queue_id   ids from here on were never used, in no life of this store. An id's first use raises the bound in
     next_body_id    the very batch that uses it, so that both are on the disk or neither. (Body ids are reserved in
                     blocks: the bound may be above what was used.) Both are kept up while operations are encoded, and
@@ -63,6 +70,8 @@ class Store:
         self.position = (0, 0)
         self.history: list[tuple[int, int]] = [(0, 0)]
         self.records: list[QueueRecord] = []
+        self.producers: list[ProducerRecord] = []
+        self.peers: list[PeerRecord] = []
         self.next_queue_id = 1
         self.next_body_id = 1
         self.suspect = ""
@@ -81,7 +90,8 @@ class Store:
         """Read, or make, the store in a backend. Blocking: a few reads and one synced write.
 
         Raises `StoreFormatError` for a format that is not known or a database that is not a store, `StoreDamaged` when
-        one of the keys that it stands on is bad: without its descriptor a queue would be lost silently.
+        one of the keys that it stands on is bad: without its descriptor a queue would be lost silently, and without its
+        record what a producer repeats would be stored twice.
         """
         value = backend.get(fmt.META_KEY)
         if value is None:
@@ -121,15 +131,24 @@ class Store:
                     raise CorruptRecord(fmt.IDS_KEY, "the key is missing")
                 self.next_queue_id, self.next_body_id = fmt.decode_pair(fmt.IDS_KEY, value)
                 records = []
+                producers = []
+                peers = []
                 history = []
-                for key, value in reader.iterate(bytes((fmt.HISTORY,)), fmt.META_KEY):
-                    if key[0] == fmt.QUEUE:
+                for key, value in reader.iterate(bytes((fmt.PRODUCER,)), fmt.META_KEY):
+                    tag = key[0]
+                    if tag == fmt.QUEUE:
                         records.append(fmt.decode_queue(key, value))
+                    elif tag == fmt.PRODUCER:
+                        producers.append(fmt.decode_producer(key, value))
+                    elif tag == fmt.PEER:
+                        peers.append(fmt.decode_peer(key, value))
                     else:
                         history.append((fmt.parse_key(key)[1], fmt.decode_number(key, value)))
         except CorruptRecord as error:
             raise _damaged(error) from error
         self.records = records
+        self.producers = producers
+        self.peers = peers
         self.history = _with_beginning(history)
         self._fenced = {record.queue_id for record in records}
         self._due.reset()
@@ -194,6 +213,9 @@ class Store:
                     add((fmt.deliveries_key(queue_id, order), None))
             elif tag == PUT_QUEUE:
                 self._put_queue(add, operation[1])
+            elif tag == PUT_PRODUCER:
+                key = fmt.producer_key(operation[1].producer_id)
+                add((key, fmt.encode_producer(key, operation[1])))
             elif tag == PUT_REFERENCE:
                 _, queue_id, order, body_id, expires, size = operation
                 key = message_key(queue_id, order)
@@ -215,6 +237,13 @@ class Store:
                 add((fmt.references_key(operation[1]), None))
             elif tag == DELETE_QUEUE:
                 self._delete_queue(add, operation[1])
+            elif tag == DELETE_PRODUCER:
+                add((fmt.producer_key(operation[1]), None))
+            elif tag == PUT_PEER:
+                key = fmt.peer_key(operation[1].name)
+                add((key, fmt.encode_peer(key, operation[1])))
+            elif tag == DELETE_PEER:
+                add((fmt.peer_key(operation[1]), None))
             elif tag == PUT_VALUE:
                 add((operation[1], operation[2]))
             else:
