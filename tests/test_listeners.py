@@ -102,7 +102,10 @@ def test_the_url_for_clients_has_the_bound_port_and_no_options():
     assert parse_listener(f"stomp+ssl://[::1]:0?{TLS}").address_url(40123) == "stomp+ssl://[::1]:40123"
 
 
-@given(st.text() | st.from_regex(r"(stomp|pybroker)(\+ssl)?://[^/]*:[0-9]*(/.*)?(\?[a-z_]+=.*(&[a-z_]+=.*)?)?", fullmatch=True))
+@given(
+    st.text()
+    | st.from_regex(r"(stomp|pybroker)(\+ssl)?://[^/]*:[0-9]*(/.*)?(\?[a-z_]+=.*(&[a-z_]+=.*)?)?", fullmatch=True)
+)
 def test_any_text_is_read_or_refused(url: str):
     try:
         listener = parse_listener(url)
@@ -149,8 +152,11 @@ def test_on_loopback_everything_is_allowed(host: str):
         (f"?{TLS}&allow=anonymous", True, None),
     ],
 )
-def test_beyond_loopback_it_has_to_be_asked_for_by_name(host: str, tail: str, anonymous: bool, needed: str | None):
-    listener = parse_listener(f"{'stomp+ssl' if TLS in tail else 'stomp'}://{host}:0{tail}")
+@pytest.mark.parametrize("protocol", ["stomp", "pybroker"])
+def test_beyond_loopback_it_has_to_be_asked_for_by_name(
+    protocol: str, host: str, tail: str, anonymous: bool, needed: str | None
+):
+    listener = parse_listener(f"{protocol}{'+ssl' if TLS in tail else ''}://{host}:0{tail}")
     if needed is None:
         check_exposure(listener, anonymous)
         return

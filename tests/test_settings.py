@@ -150,10 +150,21 @@ def test_listeners_and_users_are_checked_and_passwords_never_shown():
     )
     assert [line.partition(":")[0] for line in lines] == ["listen[1]", "listen[2]", "users.anna"]
     assert "allow=plaintext,anonymous" in lines[0]
-    assert "stomp and stomp+ssl" in lines[1]
+    assert "only stomp, stomp+ssl, pybroker and pybroker+ssl are" in lines[1]
     assert "hunter2" not in "".join(lines)
     for users in ({"anna": 12345678}, {"anna": ["hunter2"]}, "hunter2"):
         assert not {"hunter2", "12345678"} & set(" ".join(refused(users=users)).replace("'", " ").split())
+
+
+def test_a_native_frame_has_room_for_the_largest_message():
+    native = ["pybroker://127.0.0.1:0"]
+    with pytest.raises(
+        ConfigurationError, match=r"native.frame_bytes_max: expected at least 134348800, .* got 75497472"
+    ):
+        make_config(listen=native, stomp={"body_bytes_max": 128 * 1024 * 1024})
+    make_config(listen=["stomp://127.0.0.1:0"], stomp={"body_bytes_max": 128 * 1024 * 1024})
+    frame = {"frame_bytes_max": 136 * 1024 * 1024}
+    make_config(listen=native, stomp={"body_bytes_max": 128 * 1024 * 1024}, native=frame)
 
 
 def test_a_listener_that_nobody_can_log_in_to_is_refused():

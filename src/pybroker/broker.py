@@ -236,9 +236,7 @@ class Broker:
                 self._engine = engine
                 running.start_soon(self._end_with_term, term, engine, running.cancel_scope)
                 running.start_soon(self._hand_over_when_asked, term, engine)
-                if not self._keeper.serves_always:
-                    await self._open_listeners(nursery)
-                if self._server.urls or self._keeper.serves_always:
+                if self._keeper.serves_always or await self._open_listeners(nursery):
                     running.start_soon(self._membership.serve, engine, self._server, term.epoch)
                 self._update_role()
                 yield
@@ -265,17 +263,18 @@ class Broker:
                     BrokerClosed("the broker has stopped") if self._stopping else self._keeper.why_not()
                 )
 
-    async def _open_listeners(self, nursery: trio.Nursery) -> None:
-        """Serve this term's clients. The last ones of a term are told why it ended after the store was released already."""
+    async def _open_listeners(self, nursery: trio.Nursery) -> bool:
+        """Serve this term's clients, if that can be. (The last ones are told why it ended after the store was released already.)"""
         self._server = Server(self.config, self._serving, self.software, self._server.ports)
         try:
             await self._server.bind()
         except ConfigurationError as error:
             log.error("this replica can't serve clients, another one is asked to lead: %s", error)
             self._keeper.hand_over()
-            return
+            return False
         nursery.start_soon(self._server.run)
         self._keeper.show_clients(self._server.urls)
+        return True
 
     async def _end_with_term(self, term: Term, engine: Engine, scope: trio.CancelScope) -> None:
         """When the term is lost, nothing more may be shown: every connection ends, told where to go."""

@@ -78,6 +78,9 @@ ORDERED = (  # the first must not be greater than the second
     ("reopen_delay", "reopen_delay_max"),
 )
 NAME_LENGTH_MAX = 255
+NATIVE_OVERHEAD_BYTES = (
+    65_536  # what a frame has beside a body and headers: names, ids, and the headers of a dead letter
+)
 SHOWN_LENGTH_MAX = 80
 
 
@@ -335,8 +338,19 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
             yield from _refusals(f"users.{name}", functools.partial(parse_hash, encoded))
     if not config.anonymous and not config.users and config.listen:
         yield "users: expected at least one user where anonymous is false, or no client can ever log in"
+    yield from _native_faults(config)
     yield from replica_set_faults(config)
     yield from network_faults(config)
+
+
+def _native_faults(config: BrokerConfig) -> Iterator[str]:
+    """Whatever one listener takes, a client of another must be able to be given."""
+    least = config.stomp.body_bytes_max + config.stomp.header_block_bytes_max + NATIVE_OVERHEAD_BYTES
+    if config.native.frame_bytes_max < least and any(url.startswith("pybroker") for url in config.listen):
+        yield (
+            f"native.frame_bytes_max: expected at least {least}, so that a message of stomp.body_bytes_max and "
+            f"stomp.header_block_bytes_max fits into a frame, got {config.native.frame_bytes_max}"
+        )
 
 
 def _check_listener(url: str, anonymous: bool) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import trio
 
-from pybroker.client import Client
 from pybroker.config import BrokerConfig, Limits
 from pybroker.core.invariants import check_invariants
 from pybroker.engine import Engine
+from pybroker.local_client import LocalClient
 from pybroker.mending import RETRY_INTERVAL, Fetch
 from pybroker.operations import order_of
 from pybroker.spool import Spool
@@ -59,7 +59,7 @@ async def led_engine(led: Led) -> AsyncIterator[Engine]:
 
 
 async def send(engine: Engine, bodies: Sequence[bytes] = BODIES) -> None:
-    async with Client(lambda: engine) as client:
+    async with LocalClient(lambda: engine) as client:
         for body in bodies:
             await client.send(QUEUE, body)
 
@@ -67,7 +67,7 @@ async def send(engine: Engine, bodies: Sequence[bytes] = BODIES) -> None:
 async def receive(engine: Engine, seconds: float = 3.0) -> list[bytes]:
     """Everything that comes, acknowledged."""
     found: list[bytes] = []
-    async with Client(lambda: engine) as client, client.subscribe(QUEUE, prefetch=5) as messages:
+    async with LocalClient(lambda: engine) as client, client.subscribe(QUEUE, prefetch=5) as messages:
         with trio.move_on_after(seconds):
             async for message in messages:
                 found.append(message.body)
@@ -108,7 +108,7 @@ async def test_what_was_fetched_is_written_on_every_copy(autojump_clock):
         flip(nodes, "b", place(3))
         async with (
             led_engine(led) as engine,
-            Client(lambda: engine) as client,
+            LocalClient(lambda: engine) as client,
             client.subscribe(QUEUE, prefetch=5) as messages,
         ):
             taken = await messages.receive_batch(5)

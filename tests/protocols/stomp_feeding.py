@@ -65,7 +65,8 @@ def plain(event: Event) -> object:
     if isinstance(event, Send):
         message = event.message
         fields = (message.destination, message.body, message.header_block)
-        return ("Send", *fields, message.durable, message.priority, message.expires, event.transaction, event.receipt)
+        fields += (message.durable, message.priority, message.expires)
+        return ("Send", *fields, event.transaction, event.receipt, event.numbered)
     if isinstance(event, Failed):
         return ("Failed", type(event.error), str(event.error))
     return event

@@ -46,6 +46,8 @@ send_lines = st.lists(
             b"c: d \n",
             b"xreceipt:7\n",
             b"message-id:5\n",
+            b"producer-id:p\nproducer-sequence:6\n",
+            b"producer-sequence:7\n",
         ]
     ),
     max_size=6,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from pybroker.client import Client
 from pybroker.errors import BrokerError, UnknownDelivery
+from pybroker.local_client import LocalClient as Client
 from pybroker.subscription import ReceivedMessage, Subscription
 from tests.sim.member import Life
 

@@ -17,7 +17,6 @@ import trio
 
 from pybroker import broker as broker_module
 from pybroker.broker import Broker
-from pybroker.client import Client
 from pybroker.cluster import catchup
 from pybroker.cluster import leader as leader_module
 from pybroker.cluster.lease_clock import LeaseClock
@@ -26,6 +25,7 @@ from pybroker.cluster.term import Term
 from pybroker.config import BrokerConfig
 from pybroker.engine import Engine
 from pybroker.errors import ConfigurationError, StoreError
+from pybroker.local_client import LocalClient
 from pybroker.replicated import Replicated
 from tests.sim.disk import MASK, Disk, SimBackend
 from tests.sim.schedule import PROCESS, Process
@@ -245,10 +245,10 @@ class _WatchedTerm(Term):
                 life.sim.positions.confirmed(life.name, batch.position, fingerprint, backend.history)
 
 
-_plain_deliver = Client.deliver
+_plain_deliver = LocalClient.deliver
 
 
-def _deliver(self: Client, consumer: Any, entry: Any) -> None:
+def _deliver(self: LocalClient, consumer: Any, entry: Any) -> None:
     engine = self._running
     assert isinstance(engine, _Engine)
     life = engine.life
@@ -267,7 +267,8 @@ class _Engine(Engine):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.life = _life()
-        super().__init__(*arguments, **options, clock_ms=self.life.clock_ms)
+        name = self.life.rng.randbytes(8).hex()
+        super().__init__(*arguments, **options, clock_ms=self.life.clock_ms, life=lambda: name)
 
 
 def _lease_clock(*_: Any) -> LeaseClock:
@@ -285,7 +286,7 @@ def watched() -> Iterator[None]:
     with (
         mock.patch.object(Term, "__init__", _WatchedTerm.init),
         mock.patch.object(Term, "commit", _WatchedTerm.commit),
-        mock.patch.object(Client, "deliver", _deliver),
+        mock.patch.object(LocalClient, "deliver", _deliver),
         mock.patch.object(broker_module, "Engine", _Engine),
         mock.patch.object(broker_module, "close_store", _close),
         mock.patch.object(broker_module, "version", lambda _: "simulated"),

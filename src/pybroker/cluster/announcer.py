@@ -36,6 +36,7 @@ SILENCE = 5.0  # seconds without any datagram after which the sockets are opened
 RETRY = 0.5  # seconds until sockets that failed are opened again
 GONE_REPEATS = 3  # one may be lost
 GONE_TIMEOUT = 1.0  # seconds that leaving may take
+SEND_ONLY: Open = partial(Multicast, listen=False)
 
 _MEND = {
     Reason.VERSION: "it is of another version of pybroker",
@@ -67,7 +68,7 @@ class Announcer:
         secret: str = "",
         interval: float = INTERVAL,
         boot: bytes | None = None,
-        open_datagrams: Open = partial(Multicast, listen=False),
+        open_datagrams: Open = SEND_ONLY,
     ) -> None:
         """Raises ConfigurationError when what is to be announced is not fit for it (as `encode` does)."""
         self.boot = boot if boot is not None else secrets.token_bytes(BOOT_BYTES)

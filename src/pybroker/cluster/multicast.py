@@ -1,9 +1,12 @@
 """UDP multicast, and the only module with it. Owns the sockets of one place; knows nothing of what is in a datagram.
 
-Two sockets on one interface: one is bound to the multicast address and hears what comes there, one sends. `SO_REUSEADDR` and
-`SO_REUSEPORT` let several programs of one host listen at one address, and loop lets them hear each other. Time to live is 1:
-announcements stay on their segment. Linux hands a bound socket what *any* program of the host has joined, also on other interfaces,
-unless `IP_MULTICAST_ALL` is off.
+Two sockets on one interface: one is bound to the multicast address and hears what comes there, one sends. Several programs of
+one host listen at one address, and loop lets them hear each other. Time to live is 1: announcements stay on their segment.
+
+On Linux that takes `SO_REUSEADDR`, and must not have `SO_REUSEPORT`: where one socket of those at the address has joined on the
+interface that a datagram came by, Linux 6.18 hands it to any one of them (seen; `tests/cluster/test_multicast.py`). Other systems
+want both. And Linux hands a bound socket what *any* program of the host has joined, also on other interfaces, unless
+`IP_MULTICAST_ALL` is off.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import trio
 from pybroker.cluster.announcements import DATAGRAM_BYTES_MAX
 from pybroker.cluster.discovery import Discovery
 
+LINUX = sys.platform == "linux"
 IP_MULTICAST_ALL = 49  # linux/in.h; the socket module has no name for it
 HOPS = 1
 RECEIVE_BUFFER_BYTES = 256 * 1024  # some hundred announcements: more than a network's brokers say while a turn lasts
@@ -54,11 +58,11 @@ class Multicast:
 def _receiver(discovery: Discovery, opened: contextlib.ExitStack) -> trio.socket.SocketType:
     receiver = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if hasattr(socket, "SO_REUSEPORT"):
+    if not LINUX and hasattr(socket, "SO_REUSEPORT"):
         receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
     receiver.bind((discovery.address, discovery.port))
-    if sys.platform == "linux":
+    if LINUX:
         receiver.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
     membership = socket.inet_aton(discovery.address) + socket.inet_aton(discovery.interface or "0.0.0.0")
     receiver.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)

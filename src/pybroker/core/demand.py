@@ -147,7 +147,7 @@ class DemandTable:
         return changed
 
     def _rank(self, peer: str, path: Path, used: str | None) -> tuple[bool, int, bool, str]:
-        return peer not in self._up, len(path), peer != used, peer
+        return peer not in self._up, len(path), False, peer
 
     # ---- what is told
 
