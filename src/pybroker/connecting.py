@@ -80,19 +80,27 @@ async def connected(
     """`connect` with everything that it makes of its arguments in the caller's hand."""
     search = Search(target, source, tls_only, chance or secrets.SystemRandom())
     lifeline = Lifeline(target.options, search, dial, hello)
+    background = trio.CancelScope()
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        with background:
+            await lifeline.run(task_status=task_status)
+
     with _unwrapped():
         async with trio.open_nursery() as nursery:
             with trio.move_on_after(target.options.deadline) as scope:
-                await nursery.start(lifeline.run)
+                await nursery.start(run)
             if scope.cancelled_caught:
                 raise lifeline.unavailable()
+            # When the block is cancelled the connection is not, yet: what was handed out and settled is still said.
+            background.shield = True
             try:
                 yield RemoteClient(lifeline)
             finally:
                 with trio.CancelScope(shield=True):  # `close` has a deadline
                     await lifeline.close()
                 lifeline.end()
-                nursery.cancel_scope.cancel()
+                background.cancel()
 
 
 @contextmanager

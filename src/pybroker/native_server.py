@@ -92,6 +92,7 @@ class NativeConnection:
         self._outbox = Outbox()
         self._outbox_max = config.limits.outbox_bytes_max
         self._starting: list[Consumer] = []  # those whose requests are answered by what is in the outbox
+        self._parting = False  # the client has said BYE: it is given nothing new
         self._ended = False  # nothing is read any more; the last bytes are known, or held with a batch
         self._ending = False  # everything before the last bytes is in the outbox
         self._last = b""
@@ -142,7 +143,6 @@ class NativeConnection:
             await accept(self._stream, self._link)
 
     def _leave(self) -> None:
-        self._sending.drop()
         engine = self._engine
         if engine.error is None:
             engine.begin_turn().disconnect(self._connection)
@@ -288,6 +288,8 @@ class NativeConnection:
                 "frame_bytes_max": native.frame_bytes_max,
                 "send_messages_max": native.send_messages_max,
                 "send_bytes_max": native.send_bytes_max,
+                "transaction_messages_max": server.config.limits.transaction_messages_max,
+                "transaction_bytes_max": server.config.limits.transaction_bytes_max,
                 "producer_known": producer_known,
                 "members": dict(server.members),
             }
@@ -305,6 +307,7 @@ class NativeConnection:
 
     async def _say_bye(self) -> None:
         """The client sends nothing more: it is told what it still waits for, and given nothing new."""
+        self._parting = True
         if self._engine.error is None:
             self._engine.begin_turn().pause(self._connection)
             self._engine.end_turn()
@@ -369,10 +372,8 @@ class NativeConnection:
         core.unsubscribe(consumer)
 
     def _forget(self, consumer: Consumer) -> None:
-        """What it was given and the socket has not taken is void. The number may come again: its tags go on rising."""
-        receiver: Receiver = consumer.context
-        receiver.ready.clear()
-        del self._consumers[receiver.number]
+        """Its number may come again: the tags go on rising. (What the socket has not taken is void: the outbox leaves it out.)"""
+        del self._consumers[consumer.context.number]
         self._last_tag = max(self._last_tag, consumer.last_tag)
 
     def _remove(self, core: Core, event: Remove) -> None:
@@ -430,12 +431,11 @@ class NativeConnection:
     def _go_on(self, starting: list[Consumer]) -> None:
         """The socket took some: start new consumers, and those that paused."""
         engine = self._engine
-        if engine.error is not None or self._ended:
+        if engine.error is not None or self._ended or self._parting:
             return
         core = engine.begin_turn()
         for consumer in starting:
-            if self._consumers.get(consumer.context.number) is consumer:
-                core.start(consumer)
+            core.start(consumer)
         if self._connection.paused and self._outbox.size <= self._outbox_max // 2:
             core.resume(self._connection)
         engine.end_turn()

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pybroker.client")
 
+COMPLAINTS_MAX = (
+    3  # connections in a row that a broken rule ended, after which what is unconfirmed is not sent once more
+)
 STEADY = 1.0  # seconds after which a connection was a good one, whatever came of it
 
 
@@ -79,6 +82,7 @@ class Lifeline:
         self._down_since = trio.current_time()
         self._made_at = self._down_since
         self._fruitful = False  # the present connection brought an answer
+        self._complaints = 0  # connections in a row that a broken rule ended before anything came of them
         self._last_error: BrokerError | None = None
         self._closed: BrokerError | None = None
         self._nursery: trio.Nursery | None = None
@@ -204,6 +208,10 @@ class Lifeline:
         for context in connection.session.orphans():
             if context is not None:
                 context.lost(self._last_error)
+        self._complaints = self._complaints + 1 if isinstance(error, ProtocolError) and not self._fruitful else 0
+        if self._complaints >= COMPLAINTS_MAX:  # it may be what is sent, again and again
+            self._complaints = 0
+            self._give_up(BrokerUnavailable(f"the connection ended again and again with: {error}"))
         if isinstance(error, NotLeader):
             self._search.hint(error.urls)
         if connection.silent:
@@ -224,11 +232,10 @@ class Lifeline:
                     await self._changed.wait()
                 if not scope.cancelled_caught:
                     continue
-                self._give_up()
+                self._give_up(self.unavailable())
             await self._changed.wait()
 
-    def _give_up(self) -> None:
-        error = self.unavailable()
+    def _give_up(self, error: BrokerUnavailable) -> None:
         for submission in self.sends.abandon():
             self._reject(submission, SendInDoubt(f"{error}: it may be stored or not") if submission.tried else error)
         for subscription in [each for each in self.subscriptions if not each.opened]:
@@ -331,6 +338,10 @@ class Lifeline:
         return BrokerUnavailable(f"no broker could be reached within {self.options.deadline:g} s, option deadline{why}")
 
     @property
+    def connected(self) -> bool:
+        return self._live is not None
+
+    @property
     def _live(self) -> RemoteConnection | None:
         connection = self._connection
         return connection if connection is not None and connection.session.state == OPEN else None
@@ -354,9 +365,11 @@ class Lifeline:
             await self._wait_change(since)
             self.check_open()
 
-    async def wait_room(self) -> None:
-        """Wait until something may be sent: for a connection, and for its send window. One caller at a time."""
-        since = trio.current_time()
+    async def wait_room(self, since: float) -> None:
+        """Wait until something may be sent: for a connection, and for its send window. One caller at a time.
+
+        `since`: trio's time from which on the caller waits. Raises BrokerUnavailable, BrokerClosed.
+        """
         self.check_open()
         while not self.sends.has_room:
             self._room_wanted = True

@@ -77,8 +77,9 @@ class Sender:
         if self.lifeline.sends.has_room and not self._gate.locked():
             self.lifeline.check_open()
             return
+        since = trio.current_time()
         async with self._gate:
-            await self.lifeline.wait_room()
+            await self.lifeline.wait_room(since)
 
 
 class RemotePublisher(Publisher):
@@ -225,6 +226,7 @@ class RemoteTransaction(ClientTransaction):
         self._size = 0
         self._wire_size = FRAME_BYTES
         self._settled: dict[Attachment, _Settled] = {}
+        self._settled_count = 0  # acknowledgements
         self._answered = trio.Event()
         self._error: BrokerError | None = None
 
@@ -242,6 +244,7 @@ class RemoteTransaction(ClientTransaction):
         await self._lifeline.wait_connected()
         self._sender.check_size(row)
         self._check_frame(wire_size(row))
+        self._check_limits(1, row_size(row))
         self._rows.append(row)
         self._size += row_size(row)
         self._wire_size += wire_size(row)
@@ -252,6 +255,16 @@ class RemoteTransaction(ClientTransaction):
             raise LimitExceeded(
                 "native.frame_bytes_max", limit, "a transaction must fit into one frame, and this one does not"
             )
+
+    def _check_limits(self, more: int, more_bytes: int) -> None:
+        """The broker's own: what it would refuse is not collected."""
+        opened = self._lifeline.opened
+        limit = opened.transaction_messages_max
+        if limit and len(self._rows) + self._settled_count + more > limit:
+            raise LimitExceeded("limits.transaction_messages_max", limit, "too many messages in a transaction")
+        limit = opened.transaction_bytes_max
+        if limit and self._size + more_bytes > limit:
+            raise LimitExceeded("limits.transaction_bytes_max", limit, "too many bytes in a transaction")
 
     async def ack(self, message: ReceivedMessage) -> None:
         settled, tag = self._claim(message)
@@ -268,7 +281,10 @@ class RemoteTransaction(ClientTransaction):
         subscription = message._subscription
         if not isinstance(subscription, RemoteSubscription) or subscription.lifeline is not self._lifeline:
             raise UnknownDelivery(f"message {message.message_id} was not delivered to the client of this transaction")
+        if self._lifeline.connected:
+            self._check_limits(1, 0)
         attachment, tag, count = subscription.claim(message)
+        self._settled_count += 1
         settled = self._settled.get(attachment)
         if settled is None:
             settled = self._settled[attachment] = _Settled(subscription)
@@ -289,6 +305,7 @@ class RemoteTransaction(ClientTransaction):
             self._check_attached()
             for row in self._rows:
                 self._sender.check_size(row)
+            self._check_limits(0, 0)  # it may be another broker than before
             settled = sum(16 + 18 * (len(each.acks) + len(each.nacks)) for each in self._settled.values())
             self._check_frame(settled)
         except BaseException:

@@ -15,6 +15,7 @@ from typing import Any
 
 import trio
 
+from pybroker.broker import single
 from pybroker.client import Client, ClientTransaction, Confirmation, Headers, Publisher, make_message
 from pybroker.errors import BrokerClosed, BrokerError, UnknownDelivery
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
@@ -315,12 +316,15 @@ class StompSubscription(Subscription):
 async def stomp_client(stream: trio.abc.Stream, client_id: str) -> AsyncIterator[StompFace]:
     """A client on a stream to a STOMP server."""
     face = StompFace(stream)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(face.run)
-        await face.open(client_id)
-        yield face
-        if face._error is None:
-            receipt = face.receipt()
-            face.session.disconnect(receipt)
-            await face.confirmed(receipt)
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(face.run)
+            await face.open(client_id)
+            yield face
+            if face._error is None:
+                receipt = face.receipt()
+                face.session.disconnect(receipt)
+                await face.confirmed(receipt)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise single(group) from None

@@ -3,6 +3,7 @@
 Sending and receiving; one suite over all three. A test that STOMP can't pass says why it leaves it out.
 """
 
+# ruff: noqa: SIM117 (blocks that nest are what is tested)
 from __future__ import annotations
 
 import pytest

@@ -73,7 +73,7 @@ class Network:
 
     async def record(self) -> None:
         """All that is sent, from now on, with its time."""
-        place = self.segment.open_at("recorder")(DISCOVERY)
+        place = self.segment.open_at("recorder")(DISCOVERY, listen=True)
 
         async def run() -> None:
             while True:
@@ -353,8 +353,8 @@ async def test_sockets_that_hear_nothing_more_are_opened_anew(autojump_clock: tr
     async with network() as net:
         opened: list[Datagrams] = []
 
-        def open_deaf_once(discovery: Discovery) -> Datagrams:
-            place = net.segment.open_at("z")(discovery)
+        def open_deaf_once(discovery: Discovery, *, listen: bool) -> Datagrams:
+            place = net.segment.open_at("z")(discovery, listen=listen)
             if not opened:
                 net.segment.remove(place)  # type: ignore[arg-type]
             opened.append(place)
@@ -388,7 +388,12 @@ async def test_leaving_is_bounded_while_nothing_can_be_sent(autojump_clock: trio
 
     stuck = Stuck()
     announcer = Announcer(
-        DISCOVERY, name="a", node="a", epoch=0, urls=["pybroker://a:1"], open_datagrams=lambda discovery: stuck
+        DISCOVERY,
+        name="a",
+        node="a",
+        epoch=0,
+        urls=["pybroker://a:1"],
+        open_datagrams=lambda discovery, *, listen: stuck,
     )
     began = trio.current_time()
     with trio.move_on_after(0.1):

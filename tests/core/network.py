@@ -71,7 +71,6 @@ class End:
         """The core gives a message to the peer: a copy, as bytes would be. News of demand never come behind it."""
         self.say_news()
         lane = consumer.context
-        self.broker.world.note("FW",self.broker.name,self.peer,entry.message.body,entry.message.destination,entry.message.route.passed)
         self.say("forward", lane.number, lane.namespace, entry.tag, entry.order & SEQUENCE_MASK, copied(entry.message))
 
     def say_news(self) -> bool:
@@ -81,7 +80,6 @@ class End:
         news = links.news(self.link)
         if news is not None:
             self.say("demand", *news)
-            self.broker.world.note("NEWS",self.broker.name,self.peer,news)
         return news is not None
 
     def hear(self, core: Core, frame: Frame) -> None:
@@ -336,7 +334,9 @@ class World:
             self.deliver(self.random.choice(ways), self.random.randint(1, 4))
             return True
         for broker in brokers:
-            if broker.step_commit() or broker.step_read():
+            if broker.step_commit():  # which leaves the core as it is
+                return True
+            if broker.step_read():
                 check_invariants(broker.core)
                 return True
         if ways:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import trio
+import trio.testing
 
 import pybroker.broker
 import pybroker.engine
@@ -26,9 +27,11 @@ from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, StoreError
 from pybroker.journal import Batch, LocalCommitter
 from pybroker.spool import Spool
+from pybroker.stomp_server import StompConnection
 from pybroker.store.memory import MemoryBackend
 from pybroker.store.store import Store
 from tests.store.forgetful import ForgetfulBackend
+from tests.support.wire import Peer
 
 QUIET = 0.2  # seconds (of a virtual clock) without a delivery after which a drain is over
 
@@ -123,6 +126,21 @@ def engine_of(broker: Broker) -> Engine:
     engine = broker._engine
     assert engine is not None
     return engine
+
+
+@asynccontextmanager
+async def stomp_peer(broker: Broker) -> AsyncIterator[Peer]:
+    """A STOMP peer of a broker, over a stream in memory."""
+    async with trio.open_nursery() as nursery:
+        ours, theirs = trio.testing.memory_stream_pair()
+        connection = StompConnection(broker._server, engine_of(broker), theirs, 1, True)
+        nursery.start_soon(connection.run)
+        peer = Peer(ours)
+        try:
+            await peer.open()
+            yield peer
+        finally:
+            nursery.cancel_scope.cancel()
 
 
 def check(broker: Broker) -> None:

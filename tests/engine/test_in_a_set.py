@@ -20,10 +20,15 @@ from pybroker.replicated import Replicated
 from pybroker.store.copies import MemoryCopies
 from tests.cluster.replicas import until
 from tests.cluster.test_replica import CONFIG, DELAY, Network
-from tests.engine.support import close_without_thread
+from tests.engine.support import close_without_thread, stomp_peer
 from tests.store.forgetful import ForgetfulBackend
+from tests.support.wire import frame
 
 Q = "/queue/q"
+
+
+def numbered(sequence: int) -> tuple[str, str]:
+    return "producer-id:ward-3-1b9f", f"producer-sequence:{sequence}"
 
 
 @pytest.fixture(autouse=True)
@@ -247,3 +252,41 @@ async def test_what_was_out_at_a_hand_over_comes_back_in_place_as_redelivered(au
         assert [message.body for message in received] == [b"0", b"2", b"3", b"4", b"5"]
         assert [message.redelivered for message in received[:2]] == [True, True]
         assert not received[-1].redelivered
+
+
+async def test_what_is_repeated_to_the_next_leader_is_stored_once(autojump_clock: trio.abc.Clock) -> None:
+    """A producer that numbers its sends repeats all that it has sent, wherever its leader died."""
+    outcomes: set[tuple[int, int]] = set()
+    for steps in range(16):
+        async with brokers() as group:
+            leader = await group.settled()
+            confirmed: set[int] = set()
+            async with stomp_peer(leader.broker) as peer:
+                await peer.do("SEND", "destination:/queue/q", *numbered(0), body=b"0")
+                for number in range(1, 9):
+                    await peer.send(
+                        frame(
+                            "SEND", "destination:/queue/q", *numbered(number), f"receipt:{number}", body=b"%d" % number
+                        )
+                    )
+                    await trio.sleep(DELAY * (steps + 1) / 16)
+                await leader.kill()
+                with trio.move_on_after(1.0):  # it came while the leader lived
+                    while True:
+                        confirmed.add(int((await peer.expect("RECEIPT"))["receipt-id"]))
+            await until(lambda: any(one is not leader for one in group.leading()), 1.0)  # noqa: B023
+            (new,) = (one for one in group.leading() if one is not leader)
+            async with stomp_peer(new.broker) as peer:
+                for number in range(12):
+                    repeat = ("producer-repeat:true",) if number < 9 else ()
+                    await peer.do("SEND", "destination:/queue/q", *numbered(number), *repeat, body=b"%d" % number)
+            repeats = new.broker.statistics().duplicates
+            assert repeats > len(confirmed), "what was confirmed was stored, and the first one as well"
+            outcomes.add((len(confirmed), repeats))
+            async with new.broker.connect() as client, client.subscribe(Q) as messages:
+                received = [await messages.receive() for _ in range(12)]
+                with trio.move_on_after(1.0):
+                    raise AssertionError(f"stored twice: {await messages.receive()}")
+            assert sorted(int(message.body) for message in received) == list(range(12))
+    assert len(outcomes) > 2, outcomes
+    assert any(repeats > confirmed + 1 for confirmed, repeats in outcomes), "none was stored and not confirmed"

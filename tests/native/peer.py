@@ -203,6 +203,10 @@ class Peer:
         self._waiting[number] = waiting[count:]
         return waiting[:count]
 
+    def received(self, number: int) -> list[Delivery]:
+        """Deliveries that came, and were not asked for yet."""
+        return self._waiting.get(number, [])
+
     async def delivery(self, number: int) -> Delivery:
         (one,) = await self.deliveries(number, 1)
         return one
@@ -246,9 +250,12 @@ def flat(tags: Iterable[int]) -> list[int]:
 
 
 @asynccontextmanager
-async def connected(broker: Broker, **options: Any) -> AsyncIterator[Peer]:
-    """A client of a broker in this process, over memory streams; `options` are those of HELLO (None: no HELLO)."""
-    ours, theirs = trio.testing.memory_stream_pair()
+async def connected(broker: Broker, *, lockstep: bool = False, **options: Any) -> AsyncIterator[Peer]:
+    """A client of a broker in this process, over memory streams; `options` are those of HELLO (``hello=False``: none is said).
+
+    `lockstep`: the stream takes nothing before it is read.
+    """
+    ours, theirs = trio.testing.lockstep_stream_pair() if lockstep else trio.testing.memory_stream_pair()
     ended = trio.Event()
 
     async def serve() -> None:

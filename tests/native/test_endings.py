@@ -13,7 +13,7 @@ import pytest
 import trio
 import trustme
 
-from pybroker.broker import open_broker
+from pybroker.broker import Broker, open_broker
 from pybroker.errors import NotLeader
 from pybroker.server import STOPPING
 from pybroker.users import hash_password
@@ -39,6 +39,13 @@ from tests.native.peer import (
 A = "/queue/a"
 
 
+def check_empty_but(broker: Broker, destination: str) -> None:
+    """Nothing is left but one message in a queue."""
+    check(broker)
+    depths = {name: queue.depth for name, queue in engine_of(broker).core.by_destination.items() if queue.depth}
+    assert depths == {destination: 1}
+
+
 # ---- letting in
 
 
@@ -55,6 +62,8 @@ async def test_welcome_says_what_a_client_must_know(autojump_clock: trio.abc.Clo
             "frame_bytes_max": 72 * 1024 * 1024,
             "send_messages_max": 77,
             "send_bytes_max": 777,
+            "transaction_messages_max": 10_000,
+            "transaction_bytes_max": 64 * 1024 * 1024,
             "producer_known": False,
             "members": {},
         }
@@ -214,6 +223,25 @@ async def test_a_client_that_sends_no_heart_beats_may_be_silent(autojump_clock: 
         await peer.confirms(1)
 
 
+async def test_a_client_whose_heart_beats_wait_unread_is_not_taken_for_silent(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """It reads nothing, so that nothing more is read of it: it can't be told whether it is silent."""
+    native, limits = {"heartbeat_timeout": 3.0}, {"outbox_bytes_max": 100}
+    async with (
+        open_broker(native=native, limits=limits) as broker,
+        connected(broker) as sender,
+        connected(broker, lockstep=True, heartbeat=1.0) as peer,
+    ):
+        await peer.subscribe(1)
+        await sender.send([SEND, 1, rows(50)])
+        await sender.confirms(50)
+        await peer.send([BEAT], [SEND, 1, rows(1, "/queue/b")])
+        await trio.sleep(60.0)
+        await peer.deliveries(1, 50)
+        await peer.confirms(1)
+
+
 # ---- ends
 
 
@@ -232,6 +260,78 @@ async def test_after_bye_nothing_is_read_and_nothing_new_is_given(autojump_clock
         found = await drain(broker, A)
         assert len(found[A]) == 5
         check(broker)
+
+
+async def test_nothing_new_is_given_while_bye_waits(autojump_clock: trio.abc.Clock) -> None:
+    async with (
+        open_broker(limits={"queue_messages_max": 2}) as broker,
+        connected(broker) as peer,
+        connected(broker) as other,
+    ):
+        await peer.subscribe(1, "/queue/c")
+        await peer.send([SEND, 1, rows(3)], [BYE])
+        await peer.confirms(1, 2)
+        await other.send([SEND, 1, rows(2, "/queue/c")])
+        await other.confirms(1, 2)
+        await peer.silent()
+        await drain(broker, A)
+        assert await peer.end() == [[BYE]]
+        assert 3 in peer.confirmed
+        assert not peer.received(1)
+
+
+async def test_what_waits_is_given_up_when_the_connection_ends(autojump_clock: trio.abc.Clock) -> None:
+    disk = Disk()
+    async with broker_on(disk, limits={"queue_messages_max": 2}) as broker:
+        async with connected(broker) as peer, connected(broker) as other:
+            await peer.send([SEND, 1, rows(4)])
+            await peer.confirms(1, 2)
+            await other.subscribe(1)
+            got = await other.deliveries(1, 2)
+            disk.shut()
+            await other.send([SEND, 1, rows(1, "/queue/b")])
+            await peer.send([WELCOME, 1, {}])  # the ERROR stands behind the batch, and room comes before that
+            await trio.testing.wait_all_tasks_blocked()
+            await other.send([ACK, 0, 1, [got[0].tag, got[1].tag]])
+            await trio.testing.wait_all_tasks_blocked()
+            disk.gate.set()
+            await peer.error("protocol")
+        check_empty_but(broker, "/queue/b")
+
+
+async def test_the_last_word_comes_also_when_the_time_of_what_waited_is_over(autojump_clock: trio.abc.Clock) -> None:
+    disk = Disk()
+    limits = {"queue_messages_max": 2, "full_timeout": 1.0}
+    async with broker_on(disk, limits=limits) as broker, connected(broker) as peer:
+        await peer.send([SEND, 1, rows(2)])
+        await peer.confirms(1, 2)
+        disk.shut()
+        await peer.send([SEND, 3, rows(1, "/queue/b")], [SEND, 4, rows(2)])
+        await trio.sleep(0.5)
+        await peer.send([WELCOME, 1, {}])
+        await trio.sleep(5.0)
+        disk.gate.set()
+        await peer.error("protocol")
+        assert (peer.confirmed.keys(), peer.refused) == ({1, 2, 3}, {})
+
+
+async def test_at_the_end_of_the_stream_what_a_client_holds_returns_before_the_disk_is_done(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    disk = Disk()
+    async with broker_on(disk) as broker, connected(broker) as peer:
+        await peer.send([SEND, 1, rows(2)])
+        await peer.subscribe(1)
+        await peer.deliveries(1, 2)
+        disk.shut()
+        await peer.send([SEND, 3, rows(1, "/queue/b")])
+        await peer.stream.send_eof()  # type: ignore[attr-defined]
+        await trio.testing.wait_all_tasks_blocked()
+        queue = engine_of(broker).core.by_destination[A]
+        assert (len(queue.consumers), len(queue.outstanding)) == (0, 0)
+        disk.gate.set()
+        assert await peer.end() == []
+        assert 3 in peer.confirmed, "what it asked for before is still answered"
 
 
 async def test_a_durable_subscription_is_free_when_bye_comes(autojump_clock: trio.abc.Clock) -> None:

@@ -191,6 +191,22 @@ async def test_deliveries_wait_for_their_commit_and_those_taken_back_are_left_ou
         assert {one.deliveries for one in got} == {0}, "nobody has seen them before"
 
 
+async def test_what_the_socket_has_not_taken_is_void_when_its_subscription_ends(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_broker() as broker, connected(broker) as sender, connected(broker, lockstep=True) as peer:
+        await peer.subscribe(1)
+        await fill(sender, 1)  # the writer hangs with this one
+        await fill(sender, 4, first=2)
+        await peer.send([UNSUBSCRIBE, 8, 1], [SUBSCRIBE, 9, 2, A, "individual", 0, ""])
+        await wait_all_tasks_blocked()
+        await peer.done(8)
+        await peer.done(9)
+        assert bodies(await peer.deliveries(1, 1)) == [b"0"]
+        assert [one.deliveries for one in await peer.deliveries(2, 5)] == [1] * 5
+        assert not peer.received(1), "they are with the second subscription"
+
+
 async def test_deliveries_go_in_frames_of_bounded_size(autojump_clock: trio.abc.Clock) -> None:
     async with open_broker(limits={"outbox_bytes_max": 64 * 1024 * 1024}) as broker, connected(broker) as peer:
         await peer.send([SEND, 1, [row(b"%d" % number) for number in range(2_500)]])
@@ -255,10 +271,11 @@ async def test_a_durable_subscription_collects_while_its_client_is_away(autojump
         async with connected(broker, client_id="me") as peer:
             disk.shut()
             await peer.send([SUBSCRIBE, 8, 1, TOPIC, "individual", 0, "mine"])
+            await wait_all_tasks_blocked()
+            await sender.send([SEND, 1, rows(1, TOPIC, flags=4)])
             await peer.silent()  # it is not on the disk yet
             disk.gate.set()
             await peer.done(8)
-            await fill(sender, 1, TOPIC)
             got = await peer.delivery(1)
             await peer.send([SUBSCRIBE, 9, 2, TOPIC, "individual", 0, "mine"])
             assert "in use" in await peer.failed(9, "subscription")

@@ -10,7 +10,6 @@ import logging
 import secrets
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from functools import partial
 
 import trio
 
@@ -36,7 +35,6 @@ SILENCE = 5.0  # seconds without any datagram after which the sockets are opened
 RETRY = 0.5  # seconds until sockets that failed are opened again
 GONE_REPEATS = 3  # one may be lost
 GONE_TIMEOUT = 1.0  # seconds that leaving may take
-SEND_ONLY: Open = partial(Multicast, listen=False)
 
 _MEND = {
     Reason.VERSION: "it is of another version of pybroker",
@@ -68,7 +66,7 @@ class Announcer:
         secret: str = "",
         interval: float = INTERVAL,
         boot: bytes | None = None,
-        open_datagrams: Open = SEND_ONLY,
+        open_datagrams: Open = Multicast,
     ) -> None:
         """Raises ConfigurationError when what is to be announced is not fit for it (as `encode` does)."""
         self.boot = boot if boot is not None else secrets.token_bytes(BOOT_BYTES)
@@ -99,7 +97,7 @@ class Announcer:
                 self._changed = trio.Event()
                 try:
                     if datagrams is None:
-                        datagrams = self._open(self._discovery)
+                        datagrams = self._open(self._discovery, listen=False)
                     await self._send(datagrams, HERE)
                     self._told.works()
                 except OSError as error:
@@ -162,7 +160,7 @@ async def listen_for_peers(
         while True:
             datagrams: Datagrams | None = None
             try:
-                datagrams = open_datagrams(discovery)
+                datagrams = open_datagrams(discovery, listen=True)
             except OSError as error:
                 listener.told.fails(error)
             if not started:

@@ -32,8 +32,11 @@ class Datagrams(Protocol):
         """Give the place up. May be called again."""
 
 
-Open = Callable[[Discovery], Datagrams]
-"""Opens a place. Raises OSError when that can't be done now."""
+class Open(Protocol):
+    """Opens a place."""
+
+    def __call__(self, discovery: Discovery, *, listen: bool) -> Datagrams:
+        """With `listen` false the place is only sent from. Raises OSError when it can't be opened now."""
 
 
 class Copies(NamedTuple):
@@ -57,7 +60,14 @@ class Segment:
 
     def open_at(self, host: str) -> Open:
         """The way in for what runs on a host: give it to an announcer or a listener."""
-        return lambda discovery: self._open(host, discovery)
+
+        def open_place(discovery: Discovery, *, listen: bool) -> Datagrams:
+            self.check_up(host)
+            place = _Place(self, host, discovery, listen)
+            self._places.append(place)
+            return place
+
+        return open_place
 
     def cut(self, senders: Iterable[str], receivers: Iterable[str]) -> None:
         """Nothing comes from these to those any more."""
@@ -82,7 +92,9 @@ class Segment:
         """Send from a host without a place there."""
         self.sent += 1
         for place in self._places:
-            if place.where == discovery[:2] and (host, place.host) not in self._cut and place.host not in self._down:
+            if not place.listens or place.where != discovery[:2] or place.host in self._down:
+                continue
+            if (host, place.host) not in self._cut:
                 for delay in self.fate(host, place.host, data).delays:
                     place.put(data, delay)
 
@@ -94,18 +106,13 @@ class Segment:
         if place in self._places:
             self._places.remove(place)
 
-    def _open(self, host: str, discovery: Discovery) -> Datagrams:
-        self.check_up(host)
-        place = _Place(self, host, discovery)
-        self._places.append(place)
-        return place
-
 
 class _Place:
     """Where one host sends and receives."""
 
-    def __init__(self, segment: Segment, host: str, discovery: Discovery) -> None:
+    def __init__(self, segment: Segment, host: str, discovery: Discovery, listens: bool) -> None:
         self.host = host
+        self.listens = listens
         self.where = discovery[:2]
         self._discovery = discovery
         self._segment = segment

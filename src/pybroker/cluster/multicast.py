@@ -27,13 +27,10 @@ RECEIVE_BUFFER_BYTES = 256 * 1024  # some hundred announcements: more than a net
 
 
 class Multicast:
-    """A place on an interface (`pybroker.cluster.datagrams.Datagrams`). Needs a running trio.
+    """A place on an interface (`pybroker.cluster.datagrams.Datagrams`; the class is an `Open`). Needs a running trio."""
 
-    listen  False: only to send from
-    """
-
-    def __init__(self, discovery: Discovery, *, listen: bool = True) -> None:
-        """Open the sockets. Raises OSError: there is no such interface, no way there, no right to."""
+    def __init__(self, discovery: Discovery, *, listen: bool) -> None:
+        """Open the sockets; only the sending one without `listen`. Raises OSError: no such interface, no way there, no right to."""
         self._target = (discovery.address, discovery.port)
         with contextlib.ExitStack() as opened:
             self._receiver = _receiver(discovery, opened) if listen else None

@@ -11,9 +11,7 @@ from pybroker.config import BrokerConfig, NetworkConfig
 
 def network_name(config: BrokerConfig) -> str:
     """The name in the network: ``network.name``, or else the set's, or else the broker's own."""
-    if config.network is not None and config.network.name:
-        return config.network.name
-    return config.name if config.replica_set is None else config.replica_set.name
+    return config.network_name
 
 
 def network_group(network: NetworkConfig) -> str:

@@ -5,18 +5,25 @@ the demand is durable (it holds also while the way is cut), the broker that has 
 path that leads through the hearer is not told to it, and is not taken: so there are no loops, and a demand that ends is
 forgotten everywhere. Of several paths to one origin the best is used and told on; of equally good ones that which is in use, as
 messages that change their way may overtake each other.
+
+A durable demand whose way is cut is told on as well: what is sent meanwhile waits at the cut. A broker that can't reach the
+next one on a path stands there twice. So everybody ranks ways alike, those that are whole before those that are cut, and a way
+that is made longer never gets better: else two brokers could change their minds because of each other without end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, KeysView
+from itertools import pairwise
 from typing import NamedTuple
 
 from pybroker.errors import LimitExceeded
 
 HEARD_MAX = 100_000  # demands that one peer may tell
 
-Path = tuple[str, ...]  # brokers, the next one first, the origin last
+Path = tuple[
+    str, ...
+]  # brokers, the next one first, the origin last; one that can't reach its next one now is there twice
 
 
 class Key(NamedTuple):
@@ -77,7 +84,7 @@ class DemandTable:
         """A peer can be reached: it has to be told everything, and ways through it are better."""
         self._up[peer] = {}
         self._unsaid[peer] = None
-        return self._choose(list(self.heard(peer)))
+        return self._choose_again(list(self.heard(peer)))
 
     def down(self, peer: str) -> list[Key]:
         """A peer can't be reached any more: only its durable demand still counts."""
@@ -87,7 +94,7 @@ class DemandTable:
         for key in heard:
             if not key.durable:
                 self._forget(peer, key)
-        return self._choose(heard)
+        return self._choose_again(heard)
 
     def hear(self, peer: str, whole: bool, adds: Iterable[Added], drops: Iterable[Dropped]) -> list[Key]:
         """A peer tells its demand. What leads through this broker, or too far, is passed over. Raises LimitExceeded."""
@@ -104,7 +111,7 @@ class DemandTable:
         for destination, durable, origin, path in adds:
             key = Key(destination, durable, origin)
             touched[key] = None
-            if not path or path[0] != peer or path[-1] != origin or self.name in path or len(path) > self.hops_max:
+            if not path or path[0] != peer or path[-1] != origin or self.name in path or hops(path) > self.hops_max:
                 self._forget(peer, key)
                 continue
             if len(heard) >= HEARD_MAX and key not in heard:
@@ -129,6 +136,12 @@ class DemandTable:
             if not paths:
                 del self._paths[key]
 
+    def _choose_again(self, keys: list[Key]) -> list[Key]:
+        """Ways begin or end to be cut: also one that is still the best is told otherwise."""
+        for key in keys:
+            self._mark(key)
+        return self._choose(keys)
+
     def _choose(self, keys: Iterable[Key]) -> list[Key]:
         changed = []
         for key in keys:
@@ -147,7 +160,8 @@ class DemandTable:
         return changed
 
     def _rank(self, peer: str, path: Path, used: str | None) -> tuple[bool, int, bool, str]:
-        return peer not in self._up, len(path), False, peer
+        length = hops(path)
+        return peer not in self._up or length < len(path), length, peer != used, peer
 
     # ---- what is told
 
@@ -193,6 +207,11 @@ class DemandTable:
         if best is None or best[0] == peer or key.origin == peer:
             return None
         path = best[1]
-        if peer in path or len(path) >= self.hops_max:
+        if peer in path or hops(path) >= self.hops_max:
             return None
-        return (self.name, *path)
+        return (self.name, *path) if best[0] in self._up else (self.name, self.name, *path)
+
+
+def hops(path: Path) -> int:
+    """The number of brokers on a path; below its length where it is cut."""
+    return len(path) - sum(one == other for one, other in pairwise(path))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pybroker.core.demand import hops
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.queue import Queue
 from pybroker.destination import QUEUE, Destination, parse_destination
@@ -150,7 +151,8 @@ def origins_of(links: Links, target: Destination) -> dict[str, Peer]:
         assert best is not None
         name, path = best
         peer = links.peers[name]
-        rank = (peer.link is None, len(path))
+        length = hops(path)
+        rank = (peer.link is None or length < len(path), length)
         if key.origin not in found or rank < found[key.origin][0]:
             found[key.origin] = rank, peer
     return {origin: peer for origin, (_, peer) in found.items()}

@@ -76,6 +76,8 @@ class Opened(NamedTuple):
     frame_bytes_max: int
     send_messages_max: int
     send_bytes_max: int
+    transaction_messages_max: int
+    transaction_bytes_max: int
     producer_known: bool
     members: Mapping[str, tuple[str, ...]]
 
@@ -362,10 +364,10 @@ def lost(what: str, error: BrokerError | None) -> SendInDoubt:
 
 
 def _opened(options: Mapping[str, Any]) -> Opened:
-    def number(name: str) -> int:
+    def number(name: str, least: int = 1) -> int:
         value = options.get(name, 0)
-        if value.__class__ is not int or value < 1:
-            raise ProtocolError(f"WELCOME: {name} must be a whole number above 0")
+        if value.__class__ is not int or value < least:
+            raise ProtocolError(f"WELCOME: {name} must be a whole number, {least} or more")
         return int(value)
 
     def text(name: str) -> str:
@@ -395,6 +397,8 @@ def _opened(options: Mapping[str, Any]) -> Opened:
         number("frame_bytes_max"),
         number("send_messages_max"),
         number("send_bytes_max"),
+        number("transaction_messages_max", 0),
+        number("transaction_bytes_max", 0),
         known,
         members,
     )

@@ -272,12 +272,10 @@ class Sends:
             count, size = max(len(submission.rows), 1), submission.size
         else:
             count, size = 1, row_size(submission.rows[first - submission.first])
-        return self._fits(count, size)
+        return not self._out_messages or self._fits(count, size)  # something alone always may
 
     def _fits(self, count: int, size: int) -> bool:
-        """Whether the window takes so much more; something alone always may."""
-        if not self._out_messages:
-            return True
+        """Whether the window takes so much more."""
         return self._out_messages + count <= self.messages_max and self._out_bytes + size <= self.bytes_max
 
     def next_frame(self) -> bytes | None:
@@ -330,16 +328,15 @@ class Sends:
         return pack_frame((SEND, first, rows))
 
     def _part(self, submission: Submission, low: int, high: int, taken: int, size: int) -> tuple[list[Row], int]:
-        """As many messages of a submission as frame and window take; at least one when nothing is taken yet."""
+        """As many messages of a submission as frame and window take; one alone always may."""
         piece: list[Row] = []
         piece_size = 0
         for row in submission.rows[low - submission.first : high - submission.first + 1]:
             more = row_size(row)
-            if (taken or piece) and (
-                taken + len(piece) >= FRAME_MESSAGES_MAX
-                or size + piece_size + more > FRAME_BYTES_MAX
-                or not self._fits(len(piece) + 1, piece_size + more)
-            ):
+            first = not taken and not piece
+            if not self._fits(len(piece) + 1, piece_size + more) and (not first or self._out_messages):
+                break
+            if not first and (taken + len(piece) >= FRAME_MESSAGES_MAX or size + piece_size + more > FRAME_BYTES_MAX):
                 break
             piece.append(row)
             piece_size += more

@@ -16,7 +16,7 @@ from pybroker.store.format import (
     END,
     EXPIRY,
     REFERENCE,
-    check,
+    check_message,
     decode_number,
     decode_reference,
     expiry_key,
@@ -98,7 +98,7 @@ def _shared_body(reader: Reader, queue_id: int, order: int) -> tuple[int, int]:
         if value is None:
             raise CorruptRecord(key, "the message of a row in the expiry index is missing")
         if not flags_of(value) & REFERENCE:
-            check(key, value)
+            check_message(key, value)
             return 0, 0
         body_id = decode_reference(key, value)[0]
         count_key = references_key(body_id)

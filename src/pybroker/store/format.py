@@ -292,6 +292,12 @@ def _decode_routed(key: bytes, value: bytes, order: int) -> Message:
     )
 
 
+def check_message(key: bytes, value: bytes) -> None:
+    """Raise `CorruptRecord` unless the value is whole, belongs to the key, and is of a version that a message may have."""
+    if value[:1] != bytes((ROUTED_VERSION,)) or not is_whole(key, value):
+        check(key, value)
+
+
 def flags_of(value: bytes) -> int:
     """The flags of a value under MESSAGE, before its checksum is known to be right."""
     return value[1] if len(value) > 1 else 0
