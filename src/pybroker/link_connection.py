@@ -205,7 +205,6 @@ class LinkConnection:
         self._reading.cancel()
         self._arrived.set()
         self._inbox.clear()
-        self._deliveries.clear()
         link, self._link = self._link, None
         if link is not None and self._engine.error is None:
             self._engine.begin_turn().links.down(link)

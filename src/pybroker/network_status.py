@@ -1,4 +1,4 @@
-"""What a broker has to say of its network at one moment, as frozen values. Owns their shape; `Broker.network_status` asks for it."""
+"""What a broker has to say of its network at one moment, as frozen values. Owns their shape; `Broker.network_status` asks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def network_status(links: Links, name: str, group: str, seen: Mapping[str, Mappi
     peers = [_peer_status(links, peer, seen.get(peer.name, {})) for peer in links.peers.values()]
     for key, view in seen.items():
         if key not in links.peers:
-            peers.append(PeerStatus("" if key == view["address"] else key, **view, **dict.fromkeys(_COUNTERS, 0)))
+            peers.append(_peer_status(links, Peer("" if key == view["address"] else key), view))
     return NetworkStatus(
         name,
         group,
@@ -73,9 +73,6 @@ def network_status(links: Links, name: str, group: str, seen: Mapping[str, Mappi
         sum(len(queue.stranded) for queue in links.core.queues.values()),
         links.dropped,
     )
-
-
-_COUNTERS = (*("demand_in", "demand_out", "waiting", "in_doubt", "forwarded", "rejected", "received", "repeats"),)
 
 
 def _peer_status(links: Links, peer: Peer, view: Mapping[str, Any]) -> PeerStatus:

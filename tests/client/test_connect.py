@@ -72,14 +72,14 @@ async def test_tls(certificates: Certificates) -> None:
         async with pybroker.connect(mutual, ca=certificates.ca, **shown) as client:
             assert await works(client)
         for options in ({}, {"ca": certificates.other_ca}):
-            with pytest.raises(ConfigurationError, match="not trusted.*give `ca`"):
+            with pytest.raises(ConfigurationError, match=r"not trusted.*give `ca`"):
                 async with pybroker.connect(plain, **options):  # type: ignore[arg-type]
                     pass
         with pytest.raises(BrokerUnavailable):
             async with pybroker.connect(mutual, ca=certificates.ca, options=ConnectOptions(deadline=0.5)):
                 pass
-        with pytest.raises((BrokerUnavailable, pybroker.ProtocolError)):
-            plaintext = plain.replace("+ssl", "")
+        plaintext = plain.replace("+ssl", "")
+        with pytest.raises(BrokerUnavailable):
             async with pybroker.connect(plaintext, options=ConnectOptions(deadline=0.5)):
                 pass
 
@@ -128,26 +128,32 @@ async def test_brokers_are_discovered(secret: str) -> None:
     options = ConnectOptions(deadline=20, discovery_secret=secret)
     discovery = parse_discovery(url)
 
-    async with trio.open_nursery() as nursery:
-        async with pybroker.open_broker(name="one", listen=[ANY]) as one:
-            async with trio.open_nursery() as announcing:
-                said = {"node": "n", "epoch": 0, "secret": secret, "interval": 0.05}
-                await announcing.start(Announcer(discovery, name="one", urls=one.listeners, **said).run)  # type: ignore[arg-type]
-                async with pybroker.connect(f"discovery:({url})", options=options) as client:
-                    assert await works(client)
-                    assert client.statistics().broker == "one"
-                    events = client.events()
-                    announcing.cancel_scope.cancel()
-                    with trio.CancelScope(shield=True):
-                        async with pybroker.open_broker(name="two", listen=[ANY]) as two:
-                            await nursery.start(Announcer(discovery, name="two", urls=two.listeners, **said).run)  # type: ignore[arg-type]
-                            one._server.close_connections(pybroker.BrokerClosed("going"))
-                            one._server.close_listeners()
-                            with trio.fail_after(20):
-                                while (await events.__anext__()).broker != "two":
-                                    pass
-                            assert await works(client)
-        nursery.cancel_scope.cancel()
+    async def announce(broker: pybroker.Broker, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        name = broker.config.name
+        one = Announcer(discovery, name=name, node="n", epoch=0, urls=broker.listeners, secret=secret, interval=0.05)
+        with scope:
+            await one.run(task_status=task_status)
+
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+    async with (
+        pybroker.open_broker(name="one", listen=[ANY]) as one,
+        pybroker.open_broker(name="two", listen=[ANY]) as two,
+    ):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(announce, one, scopes[0])
+            async with pybroker.connect(f"discovery:({url})", options=options) as client:
+                assert await works(client)
+                assert client.statistics().broker == "one"
+                events = client.events()
+                scopes[0].cancel()
+                await nursery.start(announce, two, scopes[1])
+                one._server.close_listeners()
+                one._server.close_connections(pybroker.BrokerClosed("going"))
+                with trio.fail_after(20):
+                    while (await events.__anext__()).broker != "two":
+                        pass
+                assert await works(client)
+            scopes[1].cancel()
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ class End:
 
     def take(self, core: Core, lane: int, namespace: str, tag: int, sequence: int, message: Message) -> None:
         assert self.link is not None
+        self.broker.world.arrived(message)
         try:
             core.links.receive(self.link, namespace, sequence, message)
         except SendInDoubt:
@@ -220,6 +221,7 @@ class World:
         self.crashes = 0
         self.stops = 0  # crashes, and ends in good order
         self.removals = 0
+        self.changes = 0  # whatever may make a message turn round
         self.brokers: dict[str, Broker] = {}
         for name in names:
             self.brokers[name] = Broker(self, name, limits, delivery, network, self.now)
@@ -227,6 +229,9 @@ class World:
     def show(self, broker: Broker, consumer: Consumer, entry: Entry) -> None:
         """A client of a broker sees a delivery; who has clients overrides it."""
         raise NotImplementedError
+
+    def arrived(self, message: Message) -> None:
+        """A message has come over a link."""
 
     def crashed(self, broker: Broker, clean: bool) -> None:
         """A life of a broker is over, and its clients are gone."""
@@ -241,6 +246,7 @@ class World:
         wire = self.wires.get(pair)
         if wire is None or wire.cut:
             self.note("dial", *pair)
+            self.changes += 1
             one, two = (self.brokers[name] for name in pair)
             wire = self.wires[pair] = Wire(one, two)
             for end in wire.ends:
@@ -251,6 +257,7 @@ class World:
         wire = self.wires.get(pair)
         if wire is not None and not wire.cut:
             self.note("cut", *pair)
+            self.changes += 1
             self.cuts += 1
             wire.lose()
 
@@ -260,6 +267,7 @@ class World:
 
     def notice(self, end: End) -> None:
         self.note("notice", end.broker.name, end.peer)
+        self.changes += 1
         end.broker.run(lambda core: end.broker.forget(end))
 
     def ways(self) -> list[End]:
@@ -293,6 +301,7 @@ class World:
     def stop(self, broker: Broker, clean: bool) -> None:
         """End a life: by a crash, which forgets what is not committed, or in good order; a new one begins."""
         self.note("stop" if clean else "crash", broker.name)
+        self.changes += 1
         self.stops += 1
         self.crashes += not clean
         self.crashed(broker, clean)
@@ -312,7 +321,9 @@ class World:
 
     def tick(self) -> None:
         for broker in self.brokers.values():
+            withheld = set(broker.core.links._withheld)
             broker.run(lambda core: core.links.tick())
+            self.changes += withheld != broker.core.links._withheld
 
     def pass_time(self, milliseconds: int) -> None:
         self.now += milliseconds

@@ -168,6 +168,7 @@ class ClientWorld(World):
             return member
 
         self.note("join", broker.name, destination, durable_name)
+        self.changes += 1
         member: Member = broker.run(act)
         return member
 
@@ -184,13 +185,13 @@ class ClientWorld(World):
         self.brokers[who[0]].run(lambda core: core.remove_subscription("client", who[1]))
 
     def began(self, broker: Broker) -> None:
-        for who in list(self.durables):
-            if who[0] == broker.name and ("client", who[1]) not in broker.core.subscriptions:
+        stored = {(broker.name, name): f"/topic/{queue.name}" for (_, name), queue in broker.core.subscriptions.items()}
+        for who, pattern in list(self.durables.items()):
+            if who[0] == broker.name and stored.get(who) != pattern:
                 if who in self.settled_durables:
                     raise Broken(f"the durable subscription {who} is lost")
                 self._forget_durable(who)
-        for (_, name), queue in broker.core.subscriptions.items():  # that it was removed was not committed
-            self.durables.setdefault((broker.name, name), f"/topic/{queue.name}")
+        self.durables |= stored  # also one whose removal was not committed
 
     def _forget_durable(self, who: Receiver) -> None:
         del self.durables[who]
@@ -200,6 +201,7 @@ class ClientWorld(World):
 
     def _end(self, member: Member, opened: str, acknowledged: str) -> None:
         member.alive = False
+        self.changes += 1
         if not member.durable_name:
             for sent in self.book.values():
                 sent.must.discard(member.receiver)
@@ -248,6 +250,8 @@ class ClientWorld(World):
         self.removals += 1
         for sent in self.book.values():
             sent.released = True
+            sent.must.clear()
+        self.settled_durables.clear()  # what the peer wanted is forgotten, until it comes back
         count: int = broker.run(lambda core: core.links.remove(peer))
         return count
 
@@ -268,7 +272,7 @@ class ClientWorld(World):
             showing
             for sent in self.book.values()
             for showings in sent.showings.values()
-            for showing in showings[-1:]
+            for showing in showings
             if showing.state == OPEN and showing.member.alive
         ]
 
@@ -279,7 +283,14 @@ class ClientWorld(World):
             self.acknowledge(showing)
         return bool(opened)
 
-    # ---- what must hold at each delivery
+    # ---- what must hold at each delivery, and at each hop
+
+    def arrived(self, message: Message) -> None:
+        """A message wanders no more than there are reasons for."""
+        route = message.route
+        assert route is not None
+        if len(route.passed) > len(self.brokers) * (1 + self.changes):
+            raise Broken(f"{message.body!r} has gone round: {route.passed}")
 
     def show(self, broker: Broker, consumer: Consumer, entry: Entry) -> None:
         member: Member = consumer.context

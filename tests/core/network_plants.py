@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from pybroker.core import demand, forwarding
+from pybroker.core import forwarding
 from pybroker.core.forwarding import _copy, give_back
 from pybroker.core.links import Link, Links, Peer
 from pybroker.core.producers import Producer
@@ -136,23 +136,6 @@ def reused() -> Iterator[None]:
 
 
 @contextmanager
-def undecided() -> Iterator[None]:
-    """Only the broker at the cut knows that a way is cut."""
-
-    def rank(self: Any, peer: str, path: Any, used: Any) -> Any:
-        return peer not in self._up, len(path), peer
-
-    def way(self: Any, key: Any, peer: str) -> Any:
-        told = plain(self, key, peer)
-        return told and tuple(dict.fromkeys(told))
-
-    plain = demand.DemandTable._way
-    table = demand.DemandTable
-    with mock.patch.object(table, "_rank", rank), mock.patch.object(table, "_way", way):
-        yield
-
-
-@contextmanager
 def unasked() -> Iterator[None]:
     """A queue that waits for room on a link is not told when there is some."""
 
@@ -200,16 +183,15 @@ class Plant:
 
 
 PLANTS = [
-    Plant(forgetful),
-    Plant(early),
+    Plant(forgetful, Kind(faults=3.0)),
+    Plant(early, Kind(faults=3.0)),
     Plant(careless),
     Plant(hasty),
-    Plant(wandering),
+    Plant(wandering, Kind(faults=0.0, hops=(400,))),
     Plant(stuck),
     Plant(flooding),
     Plant(unwritten),
-    Plant(reused),
-    Plant(undecided, Kind(hops=(16,))),
+    Plant(reused, Kind(faults=3.0)),
     Plant(unasked),
     Plant(unmarked),
 ]

@@ -57,6 +57,7 @@ class Kind:
     topics: bool = True
     expiring: bool = True
     nacks: bool = True
+    removals: float = 0.0  # how often a peer is removed: then what waits for it may be there twice, and less can be checked
     hops: tuple[int, ...] = (16, 16, 2)
 
 
@@ -100,6 +101,8 @@ class Teller:
             self.acts.append((0.4, self.reject))
         if kind.expiring:
             self.acts.append((0.4, self.pass_time))
+        if kind.removals:
+            self.acts.append((kind.removals, self.remove))
         faults = kind.faults * rng.choice((0, 1, 1, 2))
         if faults:
             self.acts += [
@@ -198,6 +201,17 @@ class Teller:
 
     def restart(self) -> None:
         self.world.stop(self.random.choice(self.brokers), clean=True)
+
+    def remove(self) -> None:
+        """An operator takes out a peer that can't be reached; it may come back."""
+        unlinked = [
+            (broker, name)
+            for broker in self.brokers
+            for name, peer in broker.core.links.peers.items()
+            if peer.link is None
+        ]
+        if unlinked:
+            self.world.remove_peer(*self.random.choice(unlinked))
 
     def calm(self) -> None:
         self.world.heal()

@@ -395,6 +395,19 @@ def test_a_commit_in_doubt_or_refused_is_aborted_and_records_nothing() -> None:
     check_invariants(core)
 
 
+def test_a_producer_that_is_forgotten_between_send_and_commit_leaves_the_transaction_in_doubt() -> None:
+    driver, connection = transacting(producers_max=1)
+    core = driver.begin_turn()
+    core.begin(connection, "t")
+    core.send_later(connection, Message(Q, b""), "t", (P, 1, False))
+    core.send_once(Message(Q, b""), (P, 1, True))  # over another connection
+    core.send_once(Message(Q, b""), ("other", 1, False))
+    with pytest.raises(SendInDoubt):
+        core.commit(connection, "t")
+    assert depth(core) == 2
+    check_invariants(core)
+
+
 # ---- through a store
 
 
@@ -536,7 +549,7 @@ class Producing(RuleBasedStateMachine):
 
 
 TestProducing = Producing.TestCase
-TestProducing.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestProducing.settings = settings(max_examples=4000, stateful_step_count=40, deadline=None)
 
 
 def test_with_a_consumer_a_repeat_is_shown_once() -> None:

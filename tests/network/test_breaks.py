@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from pybroker.errors import BrokerError
+from pybroker.network_status import network_status
 from tests.network.brokers import Node, World, two, world
 
 Q = "/queue/q"
@@ -122,15 +123,29 @@ async def test_messages_in_doubt_survive_a_restart_and_are_stored_once(
             network.wires[0].pipes[1].held = True
             await a.send(Q, *map(str, range(50)))
             await network.wait(lambda: len(found) == 51)
+        assert in_doubt(a) == 50
+        network.refused.add(("a", "b"))
         for name in which:
             await network.nodes[name].kill()
         for name in which:
             await network.nodes[name].start()
+        await network.wait(lambda: not a.linked())
+        assert in_doubt(a) == 50
+        await a.send("/queue/other", "not forwarded")
+        assert in_doubt(a) == 50
+        network.refused.clear()
         await network.wait_linked(("a", "b"))
         await network.wait(lambda: a.waiting("b") == 0)
         assert await b.drain(Q) == []
         assert await a.drain(Q) == []
         assert b.peer("a").repeats == 50
+        assert in_doubt(a) == 0
+
+
+def in_doubt(node: Node) -> int:
+    """Messages that may be at a peer already, as an operator is shown it."""
+    status = network_status(node.engine.core.links, node.name, "default", node.status())
+    return sum(peer.in_doubt for peer in status.peers)
 
 
 async def test_many_breaks_are_no_deliveries_of_a_message(autojump_clock: trio.abc.Clock) -> None:
@@ -162,8 +177,6 @@ async def test_a_message_that_waits_for_a_peer_goes_to_nobody_else(autojump_cloc
             await network.wait(lambda: a.waiting("b") == 2)
         await b.kill()
         assert await a.drain(Q) == []
-        with pytest.raises(BrokerError, match="linked"):
-            a.engine.core.links.remove("b") if a.linked() else (_ for _ in ()).throw(BrokerError("linked"))
         await network.wait(lambda: not a.linked())
         assert a.engine.begin_turn().links.remove("b") == 2
         a.engine.end_turn()
@@ -195,7 +208,7 @@ async def test_a_link_that_breaks_at_any_byte_loses_nothing_and_repeats_nothing(
             assert found == [str(number) for number in range(20)]
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 async def test_links_and_brokers_that_break_at_random(autojump_clock: trio.abc.Clock, seed: int) -> None:
     """Three brokers in a triangle, each with producers; consumers at one or two of them; everything breaks now and then."""
     rng = random.Random(seed)

@@ -219,14 +219,19 @@ async def test_what_expires_before_it_can_be_sent_leaves_a_gap(
             monkeypatch.setattr(b.engine.journal._committer, "commit", slow)
             now = b.engine.clock_ms()
             async with trio.open_nursery() as sending:
-                for body, expires in (("1", 0), ("2", now + 1_000), ("3", 0)):
+                for body, expires in (
+                    ("0", 0),
+                    ("1", 0),
+                    ("2", now + 1_000),
+                    ("3", 0),
+                ):  # the first one alone in a batch
                     sending.start_soon(lambda body=body, expires=expires: b.send(Q, body, expires=expires))
                     await trio.sleep(0.1)
                 await trio.sleep(2)
                 gate.set()
-            await network.wait(lambda: len(end.forwarded()) == 2)
-            assert [(tag, body) for tag, _, body in end.forwarded()] == [(1, b"1"), (3, b"3")]
-            await end.send(frames.encode_accepted(1, [(1, 1), (3, 3)]))
+            await network.wait(lambda: len(end.forwarded()) == 3)
+            assert [(tag, body) for tag, _, body in end.forwarded()] == [(1, b"0"), (2, b"1"), (4, b"3")]
+            await end.send(frames.encode_accepted(1, [(1, 2), (4, 4)]))
             await network.wait(lambda: b.waiting("puppet") == 0)
             assert b.linked()
 
@@ -316,6 +321,7 @@ async def test_a_message_that_the_peer_rejects_is_a_dead_letter_with_its_reason(
         (b"\0\0\0\1\xc1", "protocol", "not msgpack"),
         (frames.encode_forward(1, "n", 1, [row(1, passed=("x",))]), "protocol", "must be its sender"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_a_peer_that_breaks_the_rules_is_told_which_and_has_no_link(
     autojump_clock: trio.abc.Clock, data: bytes, code: str, said: str

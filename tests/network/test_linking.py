@@ -275,6 +275,20 @@ async def test_a_broker_that_lets_nobody_in_lets_no_link_in_without_a_secret(aut
         assert not b.linked()
 
 
+async def test_an_error_in_this_program_does_not_keep_a_link_away_for_ever(autojump_clock: trio.abc.Clock) -> None:
+    async with world() as network:
+        a, b = network.add("a", ["b"]), network.add("b")
+
+        def plan(number: int, source: str, target: str) -> None:
+            if number == 1:
+                raise RuntimeError("a bug")
+
+        network.plan = plan
+        await b.start()
+        await a.start()
+        await network.wait_linked(("a", "b"), seconds=6.0)
+
+
 # ---- peers that are heard
 
 

@@ -301,10 +301,10 @@ def test_header_blocks_that_were_seen_are_known_and_bad_ones_never_are() -> None
         assert known.check(bytes(bytearray(block))) == block
         with pytest.raises(ProtocolError):
             known.check(b"name:%d" % number)
-        assert len(known._known) <= native_decoding.HEADER_BLOCKS_MAX
+        assert len(known.known) <= native_decoding.HEADER_BLOCKS_MAX
     long = b"n:" + b"v" * native_decoding.HEADER_BLOCK_REMEMBERED + b"\n"
     assert known.check(long) == long
-    assert long not in known._known
+    assert long not in known.known
     for odd in ([], {}, None, 5, ["n:v\n"], memoryview(b"n:v\n")):
         with pytest.raises(ProtocolError):
             known.check(odd)

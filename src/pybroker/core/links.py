@@ -5,7 +5,7 @@ that is never used again. So it is durable before it is sent; after a break or a
 that peer and nobody else; and it is gone when the peer has it. The peer remembers the sequences as those of a
 producer (`producers.py`), in the batch that stores the message.
 
-Each life of the core begins queues of its own, in a *namespace* of its own: a sequence of a non-durable message, or of a store that
+Each life of the core begins queues of its own, each in a *namespace* of its own: a sequence of a non-durable message, or of a store that
 was put back from a backup, is then never taken for another message's. Earlier lives' queues are emptied first.
 
 What goes to whom is in `forwarding.py`, what is consumed where in `demand.py`.
@@ -45,6 +45,7 @@ class Peer:
     """Another broker, linked now or not.
 
     queues     what is on its way to it, those of earlier lives first
+    lane       the last of these, if it is of this life
     blocked    local queues that have something for it, and wait for room on the link
     """
 
@@ -52,6 +53,7 @@ class Peer:
         self.name = name
         self.link: Link | None = None
         self.queues: list[Queue] = []
+        self.lane: Queue | None = None
         self.blocked: dict[Queue, None] = {}
         self.forwarded = 0  # accepted by it
         self.received = 0
@@ -333,12 +335,15 @@ class Links:
 
     def lane(self, peer: Peer) -> Queue:
         """The queue of this life for what goes to a peer."""
-        if not peer.queues or peer.queues[-1].client_id != self.life:
-            queue = self.core.add_queue(LINK, peer.name, self.life, "")
+        queue = peer.lane
+        if queue is None:
+            queue = peer.lane = self.core.add_queue(LINK, peer.name, "", "")
+            # Not the life alone: a peer that was removed may come back in the same one.
+            queue.client_id = f"{self.life}-{queue.queue_id:x}"
             self.core.touch(queue)
             peer.queues.append(queue)
             self._start_lanes(peer)
-        return peer.queues[-1]
+        return queue
 
     def has_room(self, peer: Peer) -> bool:
         """Whether a queue may forward one more message to a peer."""

@@ -243,5 +243,5 @@ def send_once(core: Core, message: Message, once: Once) -> bool:
     if not core.producers.is_new(*once):
         return False
     core.send(message)
-    core.producers.open(once[0]).stored(once[1], once[1], message.durable)
+    core.producers.open(once[0], once[1]).stored(once[1], once[1], message.durable)
     return True

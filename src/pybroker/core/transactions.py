@@ -94,9 +94,9 @@ def commit(core: Core, connection: Connection, name: str, once: Once | None = No
         raise
     _carry_out(core, transaction)
     for message, (producer_id, sequence) in transaction.numbered.items():
-        core.producers.open(producer_id).stored(sequence, sequence, message.durable)
+        core.producers.open(producer_id, sequence).stored(sequence, sequence, message.durable)
     if once is not None:
-        core.producers.open(once[0]).stored(once[1], once[1])
+        core.producers.open(once[0], once[1]).stored(once[1], once[1])
 
 
 def _is_first(core: Core, connection: Connection, name: str, once: Once) -> bool:
@@ -111,7 +111,10 @@ def _is_first(core: Core, connection: Connection, name: str, once: Once) -> bool
 
 
 def _leave_out_repeats(core: Core, transaction: Transaction) -> None:
-    """Take out messages whose sequences have been stored since they were collected, or are there twice."""
+    """Take out messages whose sequences have been stored since they were collected, or are there twice.
+
+    Raises SendInDoubt. A producer that is not known was known when they were collected: it has been forgotten since.
+    """
     if not transaction.numbered:
         return
     seen: set[tuple[str, int]] = set()
@@ -119,7 +122,7 @@ def _leave_out_repeats(core: Core, transaction: Transaction) -> None:
     for message, number in transaction.numbered.items():
         if number in seen:
             core.duplicates += 1
-        elif core.producers.is_new(*number):
+        elif core.producers.is_new(*number, repeated=True):
             seen.add(number)
             continue
         repeats.add(message)

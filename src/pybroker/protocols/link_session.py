@@ -75,8 +75,8 @@ class LinkSession:
             send(session.data_to_send())
 
     `next_event` raises ProtocolError and LinkRefused for what the peer did wrong: the answer is `error`, then close. After an
-    `Error`, a `Bye` or `stop_reading` nothing is read any more. The other methods return frames, or raise RuntimeError where none may
-    be sent.
+    `Error`, a `Bye` or `stop_reading` nothing is read any more. The other methods return frames, or raise RuntimeError where none
+    may be sent.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pybroker.errors import BrokerError, ProtocolError, SendInDoubt
+from pybroker.errors import BrokerError, BrokerUnavailable, ProtocolError, SendInDoubt
 from pybroker.protocols import native_frames as wire
 from pybroker.protocols.native_decoding import FrameCutter, HeaderBlocks, decode_frame
 from pybroker.protocols.native_errors import error_of
@@ -162,9 +162,10 @@ class NativeClientSession:
         events: list[Event] = []
         if self.state == CLOSED:
             return events
+        if not data:
+            self._end(BrokerUnavailable("the broker closed the connection"), events)
+            return events
         try:
-            if not data:
-                raise ProtocolError("the broker closed the connection")
             self._cutter.feed(data)
             while self.state != CLOSED and (fields := self._cutter.next()) is not None:
                 if fields[0] not in _MAY_COME[self.state]:

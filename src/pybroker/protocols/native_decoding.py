@@ -45,26 +45,29 @@ from pybroker.protocols.native_frames import (
 
 RANGES_MAX = 100_000  # ranges in one array
 LARGE_BYTES = 1024 * 1024  # from this size on it is counted what a frame is made of
-ITEMS_MAX = 1_000_000  # items in the arrays and maps of a large frame: each takes much more memory than bytes on the wire
+ITEMS_MAX = (
+    1_000_000  # items in the arrays and maps of a large frame: each takes much more memory than bytes on the wire
+)
 HEADER_BLOCKS_MAX = 256  # header blocks that are remembered as well formed
 HEADER_BLOCK_REMEMBERED = 2_048  # bytes of the longest one of these
 
 _length = Struct(">I")
+_FLAGS = {priority | flag: (flag > 0, priority) for flag in (0, DURABLE) for priority in range(PRIORITY_MAX + 1)}
 
 
 class HeaderBlocks:
     """Knows which header blocks are well formed: as `encode_headers` writes them. Producers repeat theirs."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("known",)
 
     def __init__(self) -> None:
-        self._known: set[bytes] = {b""}
+        self.known: set[bytes] = {b""}
 
     def check(self, block: object) -> bytes:
         """The block; raises ProtocolError."""
         if not isinstance(block, bytes):
             raise ProtocolError("a header block must be bytes")
-        if block in self._known:
+        if block in self.known:
             return block
         try:
             whole = encode_headers(decode_headers(block)) == block
@@ -75,9 +78,10 @@ class HeaderBlocks:
                 "a header block is lines name:value, UTF-8 with the escapes of STOMP 1.2, and this is not one"
             )
         if len(block) <= HEADER_BLOCK_REMEMBERED:
-            if len(self._known) >= HEADER_BLOCKS_MAX:
-                self._known = {b""}
-            self._known.add(block)
+            if len(self.known) >= HEADER_BLOCKS_MAX:
+                self.known.clear()
+                self.known.add(b"")
+            self.known.add(block)
         return block
 
 
@@ -137,13 +141,26 @@ def message_fields(destination: Any, body: Any, flags: Any, expires: Any) -> tup
 
 def _messages(value: Any, blocks: HeaderBlocks) -> list[Message]:
     found = []
-    check = blocks.check
+    known = blocks.known
     for row in array(value, "messages"):
         if row.__class__ is not tuple or len(row) != 5:
             raise ProtocolError("a message to be sent must be an array of 5")
         destination, body, block, flags, expires = row
-        fields = message_fields(destination, body, flags, expires)
-        found.append(Message(fields[0], fields[1], check(block), fields[2], fields[3], fields[4]))
+        if (
+            destination.__class__ is str
+            and body.__class__ is bytes
+            and block.__class__ is bytes
+            and block in known
+            and flags.__class__ is int
+            and flags in _FLAGS
+            and expires == 0
+            and expires.__class__ is int
+        ):  # as nearly all are: without a call for each
+            durable, priority = _FLAGS[flags]
+            found.append(Message(destination, body, block, durable, priority))
+        else:
+            fields = message_fields(destination, body, flags, expires)
+            found.append(Message(fields[0], fields[1], blocks.check(block), fields[2], fields[3], fields[4]))
     return found
 
 
