@@ -80,11 +80,12 @@ KINDS = {kind.name: kind for kind in (BROKER, TRIAL)}
 class Server:
     """A running server. Made by `serving`."""
 
-    def __init__(self, kind: Kind, data: Path) -> None:
+    def __init__(self, kind: Kind, data: Path, listen: str, options: Sequence[str]) -> None:
         self.kind = kind
         self.url = ""
+        self._scheme = listen.partition(":")[0]
         self._log = data.with_name(data.name + ".log")
-        command = [*kind.command, "--data", str(data), "--listen", "stomp://127.0.0.1:0"]
+        command = [*kind.command, "--data", str(data), "--listen", listen, *options]
         with self._log.open("ab") as log:
             self.started_at = time.monotonic()
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
@@ -111,7 +112,7 @@ class Server:
                     raise self.failure("ended before it was listening")
                 text += data
                 for line in text.split(b"\n")[:-1]:
-                    if line.startswith(b"listening stomp://"):
+                    if line.startswith(b"listening %b://" % self._scheme.encode()):
                         self.listening_at = time.monotonic()
                         self.url = line.split()[1].decode()
 
@@ -148,9 +149,11 @@ class Server:
 
 
 @contextmanager
-def serving(kind: Kind, data: Path) -> Iterator[Server]:
-    """A server on a free loopback port with its data in `data`; stopped in any case at the end."""
-    server = Server(kind, data)
+def serving(
+    kind: Kind, data: Path, listen: str = "stomp://127.0.0.1:0", options: Sequence[str] = ()
+) -> Iterator[Server]:
+    """A server on a free loopback port with its data in `data`; stopped in any case at the end. `options` are its own flags."""
+    server = Server(kind, data, listen, options)
     try:
         server.wait_listening()
         yield server

@@ -6,7 +6,15 @@ programs use STOMP.
 
 from pybroker.broker import Broker, open_broker
 from pybroker.client import Client, ClientTransaction, Confirmation, Publisher
-from pybroker.config import BrokerConfig, DeliveryPolicy, Limits, ReplicaSetConfig, StompLimits
+from pybroker.config import (
+    BrokerConfig,
+    DeliveryPolicy,
+    Limits,
+    NativeLimits,
+    NetworkConfig,
+    ReplicaSetConfig,
+    StompLimits,
+)
 from pybroker.connect_options import ConnectOptions
 from pybroker.connecting import connect
 from pybroker.errors import (
@@ -32,6 +40,7 @@ from pybroker.errors import (
     TransactionError,
     UnknownDelivery,
 )
+from pybroker.network_status import NetworkStatus, PeerStatus
 from pybroker.remote_client import RemoteClient
 from pybroker.remote_events import ClientStatistics, ConnectionEvent
 from pybroker.settings import load_config
@@ -62,7 +71,11 @@ __all__ = [
     "InvalidMessage",
     "LimitExceeded",
     "Limits",
+    "NativeLimits",
+    "NetworkConfig",
+    "NetworkStatus",
     "NotLeader",
+    "PeerStatus",
     "ProtocolError",
     "Publisher",
     "ReceivedMessage",

@@ -177,7 +177,7 @@ class Sending:
         """Send messages one by one, without an await. How many are done with, and for which there is no room."""
         messages = frame.messages
         prefix = self._prefix
-        producer = core.producers.open(self._producer_id) if prefix else None
+        producer = core.producers.open(self._producer_id, frame.first) if prefix else None
         sizes = [message.size for message in messages]
         crowded = core.crowded
         known = producer is not None and frame.first <= producer.highest
@@ -239,7 +239,7 @@ class Sending:
         size = sum([message.size for message in messages])
         stored = True
         try:
-            producer = core.producers.open(self._producer_id) if self._prefix else None
+            producer = core.producers.open(self._producer_id, sequence) if self._prefix else None
             if producer is None or core.producers.is_new(self._producer_id, sequence):
                 for number, message in enumerate(messages):
                     self._check_size(message)

@@ -15,7 +15,7 @@ from trio.testing import memory_stream_pair
 from pybroker.broker import Broker
 from pybroker.client import Client
 from tests.client.stomp_face import stomp_client
-from tests.client.support import Wires
+from tests.client.support import HANGS, Wires
 from tests.engine.support import Disk, broker_on, check
 
 URL = "pybroker://broker:61620"
@@ -65,17 +65,18 @@ class World:
     @asynccontextmanager
     async def client(self, client_id: str = "") -> AsyncIterator[Client]:
         broker = await self.broker()
-        if self.kind == "local":
-            async with broker.connect(client_id) as client:
-                yield client
-        elif self.kind == "native":
-            async with self.wires.client(URL, client_id) as remote:
-                yield remote
-        else:
-            ours, theirs = memory_stream_pair()
-            self._nursery.start_soon(_served, broker, theirs)
-            async with stomp_client(ours, client_id) as stomp:
-                yield stomp
+        with trio.fail_after(HANGS):
+            if self.kind == "local":
+                async with broker.connect(client_id) as client:
+                    yield client
+            elif self.kind == "native":
+                async with self.wires.client(URL, client_id) as remote:
+                    yield remote
+            else:
+                ours, theirs = memory_stream_pair()
+                self._nursery.start_soon(_served, broker, theirs)
+                async with stomp_client(ours, client_id) as stomp:
+                    yield stomp
 
 
 async def _served(broker: Broker, stream: trio.abc.Stream) -> None:

@@ -19,6 +19,8 @@ from pybroker.remote_client import RemoteClient
 from pybroker.remote_search import Source
 from pybroker.subscription import Subscription
 
+HANGS = 2_000.0  # seconds of virtual time after which a test hangs
+
 Serve = Callable[[trio.abc.Stream], Awaitable[None]]
 
 
@@ -103,9 +105,10 @@ class Wires:
 @asynccontextmanager
 async def wires() -> AsyncIterator[Wires]:
     """A network while the block runs; what still runs in it at the end is cut off."""
-    async with trio.open_nursery() as nursery:
-        yield Wires(nursery)
-        nursery.cancel_scope.cancel()
+    with trio.fail_after(HANGS):
+        async with trio.open_nursery() as nursery:
+            yield Wires(nursery)
+            nursery.cancel_scope.cancel()
 
 
 # ---- steps of tests

@@ -384,3 +384,30 @@ async def test_a_cancelled_send_is_not_sent_later(autojump_clock: MockClock) -> 
             net.serve(A, Puppet(second).serve)
             await client.send(Q, b"after")
         assert bodies == [b"after"]
+
+
+async def test_a_cancelled_send_is_not_repeated(autojump_clock: MockClock) -> None:
+    async with wires() as net:
+        bodies: list[bytes] = []
+
+        async def first(peer: Peer) -> None:
+            await peer.welcome()
+            bodies.extend(message.body for message in (await peer.expect(Send)).messages)
+            await trio.sleep(2)
+            await peer.cut()
+
+        async def second(peer: Peer) -> None:
+            await peer.welcome()
+            send = await peer.expect(Send)
+            bodies.extend(message.body for message in send.messages)
+            await peer.confirm(send.first)
+            await peer.confirm_all()
+
+        net.serve(A, Puppet(first, second).serve)
+        async with net.client(A) as client:
+            with trio.move_on_after(1) as scope:
+                await client.send(Q, b"cancelled")
+            assert scope.cancelled_caught
+            await trio.sleep(3)
+            await client.send(Q, b"after")
+        assert bodies == [b"cancelled", b"after"]

@@ -226,8 +226,20 @@ def test_lost_data_of_zookeeper_need_all_the_copies_or_an_operator() -> None:
     assert (forced.epoch, forced.roster) == (7 + election.FORCED_STEP, {"a": "a1", "b": "b1"})
     three = made(0, {}, {name: standing(name, 7, 5) for name in "abc"})
     all_there = proposed(three, me("a", 5, 7))
-    assert (all_there.epoch, all_there.roster) == (8, ROSTER)
+    assert (all_there.epoch, all_there.roster) == (8, {"a": "a1", "b": "b1"})
     assert three.transact(all_there.writes)
+
+
+def test_a_copy_that_was_wiped_before_zookeepers_data_were_lost_does_not_elect() -> None:
+    """Only b has what b and c had confirmed: c is empty, a behind. Whoever leads next needs b."""
+    slots = {"a": standing("a", 4, 14), "b": standing("b", 5, 16), "c": standing("c", 0, 0)}
+    nodes = made(0, {}, slots)
+    found = proposed(nodes, me("b", 16, 5))
+    assert dict(found.roster) == {"b": "b1", "a": "a1"}
+    assert nodes.transact(found.writes)
+    for name in "ac":  # b is gone before it has brought anybody up to date
+        nodes.nodes[f"slots/{name}"] = made(0, {}, {name: slots[name]}).nodes[f"slots/{name}"]
+    assert election.propose(nodes.view, me("a", 14, 4), 3, RECORD) is None
 
 
 def test_a_leader_shows_itself_again_only_in_its_epoch_and_takes_away_only_its_own_node() -> None:

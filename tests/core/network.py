@@ -1,7 +1,8 @@
 """A world of whole brokers joined by links, without trio: every step between two of them is a call that a test makes.
 
-Each broker is a `Driver`: core, store, journal. A link is two queues of frames; an `End` of it does what `pybroker.link_connection` does.
-A cut loses what is on its way, and each end notices it when the test says so. What clients send and see is `network_clients`'.
+Each broker is a `Driver`: core, store, journal. A link is two queues of frames; an `End` of it does what
+`pybroker.link_connection` does. A cut loses what is on its way, and each end notices it when the test says so. What clients
+send and see is `network_clients`'.
 """
 
 from __future__ import annotations
@@ -376,7 +377,9 @@ class World:
     def linked(self) -> bool:
         """Whether both ends of every pair have a link that stands."""
         return all(
-            pair in self.wires and not self.wires[pair].cut and all(end.link is not None for end in self.wires[pair].ends)
+            pair in self.wires
+            and not self.wires[pair].cut
+            and all(end.link is not None for end in self.wires[pair].ends)
             for pair in self.pairs
         )
 

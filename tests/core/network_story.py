@@ -1,7 +1,7 @@
 """Random stories of a network: what clients do, what fails, and what must hold in the end. A seed is a story.
 
-Safety is checked all the time, liveness at the end: all links come up, everything that moves by itself is let move, and then nothing
-is lost, nothing is there twice, and nothing is left that somebody waits for.
+Safety is checked all the time, liveness at the end: all links come up, everything that moves by itself is let move, and then
+nothing is lost, nothing is there twice, and nothing is left that somebody waits for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from tests.core.network_clients import Broken, ClientWorld, Member
@@ -30,7 +30,7 @@ Pairs = list[tuple[str, str]]
 
 
 def chain(names: str) -> Pairs:
-    return list(zip(names, names[1:], strict=False))
+    return list(pairwise(names))
 
 
 def star(names: str) -> Pairs:
@@ -57,21 +57,21 @@ class Kind:
     topics: bool = True
     expiring: bool = True
     nacks: bool = True
-    removals: float = 0.0  # how often a peer is removed: then what waits for it may be there twice, and less can be checked
+    removals: float = 0.0  # how often a peer is removed: what waits for it may then be there twice
     hops: tuple[int, ...] = (16, 16, 2)
 
 
 class Teller:
     """Tells one story."""
 
-    def __init__(self, seed: object, kind: Kind = Kind()) -> None:  # noqa: B008 - a frozen value
+    def __init__(self, seed: object, kind: Kind = Kind()) -> None:
         self.seed = seed
         self.kind = kind
         rng = self.random = random.Random(f"story {seed}")
         names = "abcde"[: rng.choice((2, 2, 3, 3, 4, 5))]
-        self.hops_max = rng.choice(kind.hops)
+        hops_max = rng.choice(kind.hops)
         network = NetworkConfig(
-            hops_max=self.hops_max,
+            hops_max=hops_max,
             link_messages_max=rng.choice((2, 4, 30)),
             link_bytes_max=rng.choice((100, 10_000)),
             demand_backlog_max=rng.choice((3, 1_000)),
@@ -237,7 +237,8 @@ class Teller:
         world.heal()
         assert world.linked()
         world.check_census()
-        self.check_nobody_waits()
+        if world.reaching:
+            self.check_nobody_waits()
         for name, pattern in [*((queue, "") for queue in QUEUES), *world.durables.items()]:
             if isinstance(name, str):
                 world.join(self.random.choice(self.brokers), name, prefetch=10)
@@ -246,7 +247,8 @@ class Teller:
         world.heal(world.acknowledge_all)
         world.check_census()
         world.check_topics()
-        self.check_consumed()
+        if world.reaching:
+            self.check_consumed()
         world.check_stores()
 
     def check_nobody_waits(self) -> None:
@@ -258,11 +260,11 @@ class Teller:
                 if queue.kind == "link":
                     assert not queue.depth, f"{queue} at {broker.name} is on its way still"
                 name = f"/queue/{queue.name}"
-                if queue.kind != "queue" or name not in able or queue.consumers or self.hops_max < len(self.brokers):
+                if queue.kind != "queue" or name not in able or queue.consumers:
                     continue
                 if any(len(each.core.by_destination[name].consumers) for each in self.withheld(name)):
                     continue
-                left = queue.depth - len(queue.outstanding)
+                left = queue.depth - len(queue.outstanding)  # which has those that are at the hop limit
                 assert not left, f"{left} of {queue} at {broker.name} wait, and somebody could take them"
 
     def withheld(self, destination: str) -> list[object]:
@@ -278,8 +280,7 @@ class Teller:
         return member.consumer.able
 
     def check_consumed(self) -> None:
-        """Everything was consumed, but what can't go any further."""
+        """Everything was consumed, but what is at the hop limit."""
         for broker in self.brokers:
             for queue in broker.core.queues.values():
-                if self.hops_max >= len(self.brokers):
-                    assert not queue.depth, f"{queue} at {broker.name} was not emptied"
+                assert queue.depth == len(queue.stranded), f"{queue} at {broker.name} was not emptied"

@@ -223,7 +223,7 @@ def test_brokers_know_the_demand_of_all_that_they_can_reach(
 def linked(*names: str, hops_max: int = 16) -> dict[str, DemandTable]:
     """Tables in a chain, all of whose links are up."""
     tables = {name: DemandTable(name, hops_max) for name in names}
-    for one, other in zip(names, names[1:], strict=False):
+    for one, other in pairwise(names):
         tables[one].up(other)
         tables[other].up(one)
     return tables
@@ -343,12 +343,16 @@ def test_one_peer_can_not_tell_more_than_the_limit(monkeypatch: pytest.MonkeyPat
     table = DemandTable("a", 4)
     table.up("b")
     wanted = [(f"/queue/{at}", False, "b", ("b",)) for at in range(4)]
-    with pytest.raises(LimitExceeded, match="peer b demands too many"):
-        table.hear("b", True, wanted, ())
-    assert len(table.heard("b")) == 3
+    table.hear("b", True, wanted[:3], ())
+    for whole in (False, True):
+        with pytest.raises(LimitExceeded, match="peer b demands too many"):
+            table.hear("b", whole, wanted if whole else wanted[3:], ())
+        assert len(table.heard("b")) == 3, "nothing of what was refused has been heard"
     table.hear("b", False, wanted[:3], ())  # what is known may be told again
-    for key in table.heard("b"):
-        assert table.best(key) == ("b", ("b",)), "what was heard counts, whatever came behind it"
+    table.hear("b", False, wanted[3:], [wanted[0][:3]])  # or another one in the place of one that ends
+    assert {key.destination for key in table.heard("b")} == {"/queue/1", "/queue/2", "/queue/3"}
+    assert len(table.down("b")) == 3
+    assert table.best(Key("/queue/1", False, "b")) is None
 
 
 def test_a_peer_that_is_taken_out_is_forgotten_whole() -> None:

@@ -549,7 +549,7 @@ class Producing(RuleBasedStateMachine):
 
 
 TestProducing = Producing.TestCase
-TestProducing.settings = settings(max_examples=4000, stateful_step_count=40, deadline=None)
+TestProducing.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_with_a_consumer_a_repeat_is_shown_once() -> None:

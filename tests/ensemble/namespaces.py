@@ -2,7 +2,8 @@
 
 Owns the namespaces and all in them; nothing is made in the machine's own network. Needs root and `ip` (Debian package
 iproute2). A way from one host to another is cut by a wrong link address for the other: packets leave, and nobody takes them, also
-on connections that are open. The way back stays, unless it is cut, too.
+on connections that are open. The way back stays, unless it is cut, too. Multicast passes such a cut; an unplugged host is
+without it as well.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Namespaces:
         self._names = names
         self._made: list[str] = []
         self._cut: set[tuple[str, str]] = set()
+        self._unplugged: set[str] = set()
         try:
             self._make()
         except BaseException:
@@ -102,8 +104,21 @@ class Namespaces:
             for name in sender:
                 self.cut_one_way(name, receivers)
 
+    def unplug(self, name: str) -> None:
+        """Nothing reaches a host any more, and nothing that it sends others; multicast, too."""
+        _ip("-n", f"{self._head}-hub", "link", "set", f"to-{name}", "nomaster")
+        self._unplugged.add(name)
+
+    def block_multicast(self) -> None:
+        """Multicast reaches no host any more, until the network ends; all else does."""
+        for name in self._names:
+            _ip("-n", f"{self._head}-hub", "link", "set", f"to-{name}", "type", "bridge_slave", "mcast_flood", "off")
+
     def heal(self) -> None:
         """All ways are open again."""
+        for name in sorted(self._unplugged):
+            _ip("-n", f"{self._head}-hub", "link", "set", f"to-{name}", "master", "bridge")
+            self._unplugged.discard(name)
         for sender, receiver in sorted(self._cut):
             _ip("-n", f"{self._head}-{sender}", "neigh", "del", self.host(receiver), "dev", "net")
             self._cut.discard((sender, receiver))

@@ -191,17 +191,20 @@ class ReplicaSet:
         hosts: Sequence[tuple[str, Sequence[str]]] = (("127.0.0.1", ()),) * 3,
         data_dirs: Sequence[Path] = (),
         more: str = "",
+        tables: str = "",
+        flags: Callable[[str], Sequence[str]] = lambda host: (),
     ) -> None:
-        """`more`: further lines of the table replica_set."""
+        """`more`: further lines of the table replica_set; `tables`: further ones; `flags`: those of the member on a host."""
         self.changed = threading.Condition()
         arguments = ["--zookeeper", zookeeper, "--set", set_name, "--replicas", str(len(hosts))]
         arguments += ["--sync", "quorum_disk", "--session-timeout", str(session_timeout)]
         config = directory / "broker.toml"  # of all members: what differs are flags
-        config.write_text(CONFIG.format(set=set_name, zookeeper=zookeeper, more=more))
+        config.write_text(CONFIG.format(set=set_name, zookeeper=zookeeper, more=more) + tables)
         directories = data_dirs or [directory / name for name in "abc"]
         self.members = []
         for name, data_dir, (host, prefix) in zip("abc", directories, hosts, strict=True):
-            self.members.append(ReplicaProcess(name, data_dir, host, prefix, [*arguments, str(config)], self.changed))
+            words = [*arguments, *flags(host), str(config)]
+            self.members.append(ReplicaProcess(name, data_dir, host, prefix, words, self.changed))
 
     def __getitem__(self, name: str) -> ReplicaProcess:
         return next(member for member in self.members if member.name == name)

@@ -133,7 +133,6 @@ async def test_both_dialling_at_the_very_same_moment_end_with_one_link(autojump_
     for number in range(20):
         async with world() as network:
             a, b = network.add("a", ["b"], place=f"x{number}"), network.add("b", [f"x{number}"])
-            a.world.nodes["b"] = b
             async with trio.open_nursery() as starting:
                 starting.start_soon(a.start)
                 starting.start_soon(b.start)

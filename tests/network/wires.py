@@ -15,7 +15,7 @@ Accept = Callable[[trio.abc.Stream], Awaitable[None]]
 
 
 class Pipe:
-    """One direction. `limit`: bytes that get through, then `fault` is called."""
+    """One direction."""
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire

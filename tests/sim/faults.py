@@ -15,7 +15,8 @@ import trio
 
 from tests.sim.member import Member
 from tests.sim.network import Weather
-from tests.sim.simulation import Options, Simulation
+from tests.sim.one_set import Options, SimSet
+from tests.sim.simulation import Simulation
 
 Fault = Callable[["Faults"], Awaitable[None]]
 
@@ -51,7 +52,7 @@ WEIGHTS = {
 class Faults:
     """The faults of one story, with the random choices of its seed."""
 
-    def __init__(self, sim: Simulation) -> None:
+    def __init__(self, sim: SimSet) -> None:
         self.sim = sim
         self.rng = random.Random(f"{sim.seed} faults")
 

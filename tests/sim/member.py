@@ -31,7 +31,7 @@ from tests.sim.disk import MASK, Disk, SimBackend
 from tests.sim.schedule import PROCESS, Process
 
 if TYPE_CHECKING:
-    from tests.sim.simulation import Simulation
+    from tests.sim.one_set import SimSet
 
 WINDOW_BYTES = 4_000  # small, or the small stores of a run would be brought up in one step
 CHUNK_BYTES = 1_000
@@ -60,21 +60,30 @@ class Life(Process):
         self.coordinator = self.sim.zookeeper.connect(member.name)
         self._writing = trio.Lock()
         self._reading = trio.Lock()
-        replica = Replica(
+        self.make_broker()
+
+    def make_broker(self) -> None:
+        self.replica = self.make_replica()
+        self.broker = Broker(BrokerConfig(name=self.member.name, limits=self.sim.limits), Replicated(self.replica))
+
+    def make_replica(self) -> Replica:
+        member = self.member
+        return Replica(
             member.config,
             member.name,
             self.copies,
             self.coordinator,
             self.sim.network.port(member.name),
-            run_blocking=partial(self._run_blocking, self._writing),
+            run_blocking=self.run_writing,
             run_reading=partial(self._run_blocking, self._reading),
             rng=self.rng,
         )
-        self.replica = replica
-        self.broker = Broker(BrokerConfig(name=member.name, limits=self.sim.limits), Replicated(replica))
 
     def clock_ms(self) -> int:
         return WALL_CLOCK + int(trio.current_time() * 1000) + self.member.clock_ms
+
+    async def run_writing(self, call: Callable[[], Any]) -> Any:
+        return await self._run_blocking(self._writing, call)
 
     async def _run_blocking(self, lock: trio.Lock, call: Callable[[], Any]) -> Any:
         """As a worker thread does: one call at a time, which nothing cancels once it has begun."""
@@ -143,7 +152,7 @@ class Life(Process):
 class Member:
     """A machine. `clock_ms`: by how much its wall clock is wrong; `epochs`: those it led."""
 
-    def __init__(self, sim: Simulation, name: str) -> None:
+    def __init__(self, sim: SimSet, name: str) -> None:
         self.sim = sim
         self.name = name
         self.config = sim.set_config(name)
@@ -165,11 +174,14 @@ class Member:
         assert self.life is None
         self.lives += 1
         self.sim.network.restore(self.name)
-        life = Life(self, self.lives)
+        life = self.new_life(self.lives)
         self.life = life
         self.sim.trace(f"{life.name} starts")
         life.start_soon(self.sim.nursery, life.run)
         return life
+
+    def new_life(self, number: int) -> Life:
+        return Life(self, number)
 
     def kill(self, silently: bool = False) -> None:
         """The process ends, now. `silently`: and the machine with it, so that nobody hears its connections break."""
@@ -249,7 +261,12 @@ _plain_deliver = LocalClient.deliver
 
 
 def _deliver(self: LocalClient, consumer: Any, entry: Any) -> None:
-    engine = self._running
+    note_delivery(self._running, consumer, entry)
+    _plain_deliver(self, consumer, entry)
+
+
+def note_delivery(engine: Engine, consumer: Any, entry: Any) -> None:
+    """A broker hands a message to a client."""
     assert isinstance(engine, _Engine)
     life = engine.life
     if not life.dead:
@@ -259,7 +276,6 @@ def _deliver(self: LocalClient, consumer: Any, entry: Any) -> None:
         where = (life.name, engine.journal.position[0], queue)
         message_id = message.message_id.decode()
         sim.account.deliver(where, message_id, message.body, entry.deliveries > 0, trio.current_time())
-    _plain_deliver(self, consumer, entry)
 
 
 class _Engine(Engine):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,16 @@ class Weather:
     misroute: float = 0.0  # the address leads to another process
 
 
+def host(address: str) -> str:
+    """The machine of an address ``HOST`` or ``HOST/SERVICE``."""
+    return address.partition("/")[0]
+
+
 class Pipe:
-    """One direction of a connection. An empty piece is the end of the stream."""
+    """One direction of a connection. An empty piece is the end of the stream.
+
+    choke   so many pieces get through, and then nothing any more, without a word; None: all do
+    """
 
     def __init__(self, network: SimNetwork, source: str, target: str, room: int) -> None:
         self.network = network
@@ -48,6 +57,7 @@ class Pipe:
         self.pieces: deque[tuple[float, bytes]] = deque()
         self.bytes = 0
         self.recorded: list[bytes] = []
+        self.choke: int | None = None
         self._changed = trio.Event()
 
     def change(self) -> None:
@@ -57,7 +67,9 @@ class Pipe:
     @property
     def held_until(self) -> float:
         """Until when nothing gets through; inf while it is cut."""
-        return float("inf") if (self.source, self.target) in self.network.cuts else self.stalled_until
+        if (self.source, self.target) in self.network.cuts or self.choke == 0:
+            return float("inf")
+        return self.stalled_until
 
     def put(self, data: bytes) -> None:
         at = self.network.arrival()
@@ -102,6 +114,8 @@ class Pipe:
                     if data:
                         self.pieces.popleft()
                         self.bytes -= len(data)
+                        if self.choke is not None:
+                            self.choke -= 1
                         self.change()
                     return data
             elif wake <= now:
@@ -168,8 +182,10 @@ class Wire(trio.abc.Stream):
 class Connection:
     """Both ends: of the one who dialled, of the one who accepted."""
 
-    def __init__(self, network: SimNetwork, dialler: str, acceptor: str) -> None:
+    def __init__(self, network: SimNetwork, dialler: str, address: str) -> None:
         room = network.room
+        acceptor = host(address)
+        self.address = address
         self.names = (dialler, acceptor)
         self.there = Pipe(network, dialler, acceptor, room)
         self.back = Pipe(network, acceptor, dialler, room)
@@ -181,7 +197,7 @@ class Connection:
 
 
 class SimNetwork:
-    """All connections. Addresses are the names of the processes."""
+    """All connections. Addresses are the names of the processes, with a service behind a slash where a process has several."""
 
     def __init__(self, rng: random.Random, count: Callable[[str], None]) -> None:
         self.rng = rng
@@ -191,6 +207,9 @@ class SimNetwork:
         self.detours: dict[tuple[str, str], str] = {}  # (dialler, address) to who is reached instead
         self.count = count
         self.connections: list[Connection] = []
+        self.chokes: dict[
+            tuple[str, str], list[tuple[int | None, int | None]]
+        ] = {}  # (dialler, acceptor) to what the next get
         self._servers: dict[str, tuple[Process, trio.Nursery, Any]] = {}
         self._dark: set[str] = set()  # machines without power: nobody refuses a connection
         self._changed = trio.Event()
@@ -212,9 +231,12 @@ class SimNetwork:
         await trio.sleep_until(self.arrival())
         address = self.detours.get((dialler, address), address)
         if self.weather.misroute and self.rng.random() < self.weather.misroute:
-            address = self.rng.choice(sorted(self._servers) or [address])
+            service = address.partition("/")[2]
+            servers = sorted(each for each in self._servers if each.partition("/")[2] == service)
+            address = self.rng.choice(servers or [address])
             self.count("dials misrouted")
-        while (dialler, address) in self.cuts or (address, dialler) in self.cuts or address in self._dark:
+        there = host(address)
+        while (dialler, there) in self.cuts or (there, dialler) in self.cuts or there in self._dark:
             await self._changed.wait()
             await trio.sleep_until(self.arrival())
         if address not in self._servers:
@@ -241,6 +263,10 @@ class SimNetwork:
     def _connect(self, dialler: str, address: str) -> Connection:
         process, nursery, handler = self._servers[address]
         connection = Connection(self, dialler, address)
+        chokes = self.chokes.get(connection.names)
+        if chokes:
+            connection.there.choke, connection.back.choke = chokes.pop(0)
+            self.count("connections choked")
         self._prune()
         self.connections.append(connection)
         process.start_soon(nursery, handler, connection.ends[1])
@@ -249,23 +275,32 @@ class SimNetwork:
     def _prune(self) -> None:
         for connection in self.connections:
             if connection.over and connection.there.recorded:
-                self._recorded[connection.names[1]] = connection.there.recorded
+                self._recorded[connection.address] = connection.there.recorded
         self.connections = [connection for connection in self.connections if not connection.over]
 
     async def serve(self, address: str, handler: Any, task_status: trio.TaskStatus[str]) -> None:
-        process = PROCESS.get()
-        assert process is not None
-        mine = None
-        try:
-            async with trio.open_nursery() as nursery:
-                mine = (process, nursery, handler)
-                self._servers[address] = mine
-                self._change()
+        async with trio.open_nursery() as nursery:
+            with self.listening(address, nursery, handler):
                 task_status.started(address)
                 await trio.sleep_forever()
+
+    @contextmanager
+    def listening(self, address: str, nursery: trio.Nursery, handler: Any) -> Iterator[None]:
+        """What is dialled at an address is handed to `handler` while the block runs; what that does may last longer."""
+        process = PROCESS.get()
+        assert process is not None
+        mine = (process, nursery, handler)
+        self._servers[address] = mine
+        self._change()
+        try:
+            yield
         finally:
             if self._servers.get(address) is mine:
                 del self._servers[address]
+
+    def stop_listening(self, address: str) -> None:
+        """At once: who dials from now on is refused."""
+        self._servers.pop(address, None)
 
     def _change(self) -> None:
         self._changed.set()
@@ -308,7 +343,8 @@ class SimNetwork:
 
     def remove(self, name: str, silently: bool) -> None:
         """A process is gone. Its peers hear of it (the kernel closes its sockets), or nothing ever again (the machine is gone)."""
-        self._servers.pop(name, None)
+        for address in [address for address in self._servers if host(address) == name]:
+            self.stop_listening(address)
         if silently:
             self._dark.add(name)
         for connection in self.connections:

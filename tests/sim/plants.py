@@ -26,7 +26,8 @@ from pybroker.cluster.tracking import Tracking
 from tests.sim import ways
 from tests.sim.checkers import Violation
 from tests.sim.faults import random_story
-from tests.sim.simulation import Options, Simulation, Story
+from tests.sim.one_set import Options
+from tests.sim.simulation import Simulation, Story
 
 Broken = Callable[[], AbstractContextManager[Any]]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.sim import ways
+from tests.sim.one_set import Options
 from tests.sim.plants import PLANTS, Plant
-from tests.sim.simulation import Options, Simulation
+from tests.sim.simulation import Simulation
 
 ELECTION = {"moving", "stale", "aba", "longest", "minority", "oldcommit", "wiped", "nofence", "early"}
 REPLICATION = {"unsynced", "swapped", "unswapped", "replaced"}

@@ -70,10 +70,18 @@ def call_pybroker(*arguments: str | Path, stdin: bytes = b"") -> subprocess.Comp
 class ServedBroker:
     """A broker in a process of its own. `start` it, and `close` it in a finally (or use `served`)."""
 
-    def __init__(self, data_dir: Path | None, *arguments: str | Path, listen: Sequence[str] = (ANY_PORT,)) -> None:
+    def __init__(
+        self,
+        data_dir: Path | None,
+        *arguments: str | Path,
+        listen: Sequence[str] = (ANY_PORT,),
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`prefix`: words before the command, for a process on a host of its own (`tests.ensemble.namespaces`)."""
         self.data_dir = data_dir
         self.arguments = arguments
         self.listen = tuple(listen)
+        self.prefix = tuple(prefix)
         self.urls: tuple[str, ...] = ()
         self.output: list[str] = []  # all lines of its standard output so far
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,7 +89,8 @@ class ServedBroker:
 
     def start(self) -> ServedBroker:
         """Start the process, and return when it listens on everything it was asked to."""
-        command: list[str] = [sys.executable, "-m", "pybroker", "serve", *map(str, self.arguments)]
+        command: list[str] = [*self.prefix, sys.executable, "-m", "pybroker", "serve"]
+        command += map(str, self.arguments)
         if self.data_dir is not None:
             command += ["--data", str(self.data_dir)]
         for url in self.listen:

@@ -235,6 +235,9 @@ def _propose_anew(
     """Start a set whose ZooKeeper data is gone or rewound: with all its copies, or by force with those that are there.
 
     By force, who stands but does not run is not there: an operator who forces a start says that it will not come back.
+
+    Only the best quorum counts then, as at the first start of a set; the others are learners. A copy that was wiped while nobody knew
+    what counts is there as well: if it counted, it and another one could elect a leader without what only the best copy has.
     """
     standing = [
         (name, slot, version)
@@ -256,7 +259,7 @@ def _propose_anew(
         return Blocked(f"the start can't be forced here: replica {best} has more, or goes first: force it there", best)
     assert view.roster_version is not None
     writes: list[Write] = [_emptied(name, slot, version) for name, slot, version in standing]
-    roster = {name: slot.incarnation for name, slot, _ in standing[:replicas]}
+    roster = {name: slot.incarnation for name, slot, _ in standing[: quorum(replicas)]}
     writes.append(SetNode("roster", encode_roster(roster), view.roster_version))
     epoch = max(view.epoch, lost) + (FORCED_STEP if forced else 1)
     return _proposal(view, epoch, standing, roster, writes, record)

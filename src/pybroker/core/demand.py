@@ -97,7 +97,13 @@ class DemandTable:
         return self._choose_again(heard)
 
     def hear(self, peer: str, whole: bool, adds: Iterable[Added], drops: Iterable[Dropped]) -> list[Key]:
-        """A peer tells its demand. What leads through this broker, or too far, is passed over. Raises LimitExceeded."""
+        """A peer tells its demand. What leads through this broker, or too far, is passed over.
+
+        Raises LimitExceeded, and then nothing of it was heard.
+        """
+        adds = list(adds)
+        drops = list(drops)
+        self._check_count(peer, whole, adds, drops)
         touched: dict[Key, None] = {}
         if whole:
             touched.update(self._heard.get(peer, {}))
@@ -114,11 +120,16 @@ class DemandTable:
             if not path or path[0] != peer or path[-1] != origin or self.name in path or hops(path) > self.hops_max:
                 self._forget(peer, key)
                 continue
-            if len(heard) >= HEARD_MAX and key not in heard:
-                raise LimitExceeded("demands of one peer", HEARD_MAX, f"peer {peer} demands too many destinations")
             heard[key] = None
             self._paths.setdefault(key, {})[peer] = path
         return self._choose(list(touched))
+
+    def _check_count(self, peer: str, whole: bool, adds: list[Added], drops: list[Dropped]) -> None:
+        heard = {} if whole else self._heard.get(peer, {})
+        if len(heard) + len(adds) > HEARD_MAX:  # seldom; only then it is worth while to look which of them are known
+            there = heard.keys() - {Key(*drop) for drop in drops} | {Key(*add[:3]) for add in adds}
+            if len(there) > HEARD_MAX:
+                raise LimitExceeded("demands of one peer", HEARD_MAX, f"peer {peer} demands too many destinations")
 
     def forget_peer(self, peer: str) -> list[Key]:
         """A peer was taken out of the network."""

@@ -5,8 +5,9 @@ that is never used again. So it is durable before it is sent; after a break or a
 that peer and nobody else; and it is gone when the peer has it. The peer remembers the sequences as those of a
 producer (`producers.py`), in the batch that stores the message.
 
-Each life of the core begins queues of its own, each in a *namespace* of its own: a sequence of a non-durable message, or of a store that
-was put back from a backup, is then never taken for another message's. Earlier lives' queues are emptied first.
+Each life of the core begins queues of its own, each in a *namespace* of its own: a sequence of a non-durable message, of a store
+that was put back from a backup, or of a time before the peer was removed, is then never taken for another message's. Earlier
+lives' queues are emptied first.
 
 What goes to whom is in `forwarding.py`, what is consumed where in `demand.py`.
 """
@@ -408,7 +409,7 @@ class Links:
         """
         core = self.core
         peer = link.peer
-        producer = core.producers.open(f"link {peer.name} {namespace}")
+        producer = core.producers.open(f"link {peer.name} {namespace}", sequence)
         known = producer.look(sequence)
         if known == producers.STORED:
             peer.repeats += 1

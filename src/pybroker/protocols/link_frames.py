@@ -265,19 +265,23 @@ def _forward(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Forward:
     for row in array(rows, "messages"):
         if row.__class__ is not tuple or len(row) != 11:
             raise ProtocolError("a message that is forwarded must be an array of 11")
-        sequence, destination, body, block, flags, expires, message_id, timestamp, deliveries = row[:9]
-        _, body, durable, priority, expires = message_fields(destination, body, flags, expires)
+        sequence, destination, body, block, flags, expires, message_id, timestamp, deliveries, *names = row
+        if not (
+            sequence.__class__ is timestamp.__class__ is deliveries.__class__ is int
+            and 0 <= sequence <= NUMBER_MAX
+            and 0 <= timestamp <= NUMBER_MAX
+            and 0 <= deliveries <= DELIVERIES_MAX
+        ):
+            raise ProtocolError("a message's sequence, timestamp and deliveries must be whole numbers from 0 on")
         if message_id.__class__ is not bytes or len(message_id) > TEXT_MAX:
             raise ProtocolError(f"a message id must be at most {TEXT_MAX} bytes")
-        number(sequence, "sequence")
-        number(timestamp, "timestamp")
-        number(deliveries, "deliveries", 0, DELIVERIES_MAX)
-        if row[9] != passed or not passed:
-            passed = names_of(row[9], "the brokers that a message has passed", PATH_MAX)
+        if names[0] != passed or not passed:
+            passed = names_of(names[0], "the brokers that a message has passed", PATH_MAX)
             if not passed:
                 raise ProtocolError("a message that is forwarded has passed its sender at least")
-        if row[10] != targets or row[10].__class__ is not tuple:
-            targets = names_of(row[10], "the brokers that a message is for", TARGETS_MAX)
+        if names[1] != targets or names[1].__class__ is not tuple:
+            targets = names_of(names[1], "the brokers that a message is for", TARGETS_MAX)
+        _, body, durable, priority, expires = message_fields(destination, body, flags, expires)
         route = Route(passed, targets, deliveries, priority)
         message = Message(destination, body, check(block), durable, priority, expires, message_id, timestamp, route)
         found.append((sequence, message))

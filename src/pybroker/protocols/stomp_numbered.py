@@ -5,7 +5,8 @@ Three headers, which are the transport's and are not passed on:
 * ``producer-id``: 1 to 64 printable characters without a space; unique, and hard to guess. The producer makes it.
 * ``producer-sequence``: a whole number from 0. The same number stands for the same SEND, or the same COMMIT, for ever.
 * ``producer-repeat:true``: it may have been sent before. Then a producer that is not known here is one that was forgotten, and the
-  answer is an ERROR with the code ``in-doubt``; without it the frame is taken for a new producer's first.
+  answer is an ERROR with the code ``in-doubt``; without it the frame is taken for a new producer's first, and lower numbers are
+  in doubt from then on. So number upwards, and say it of everything that is sent again.
 
 A SEND or COMMIT that is stored already gets its RECEIPT, and nothing else happens.
 """

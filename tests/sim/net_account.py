@@ -1,0 +1,176 @@
+"""What must be true of messages in a network of sets. Written apart from the code: knows no class of pybroker, only what was seen.
+
+DESIGN.md sections 6 and 7, of durable messages in queues: what was confirmed is consumed; what is acknowledged is never delivered
+again, by whatever broker; who is given a message for the second time is told so, which a copy stored twice can't be; what was
+refused or not sent is never seen; no byte is changed; no message goes round in circles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.sim.checkers import Findings, Place
+
+Later = Callable[[str, int], float | None]  # a set, an epoch: when a later leader of it was elected
+
+
+@dataclass
+class Sent:
+    """One message, by the name in its body."""
+
+    name: str
+    body: bytes
+    confirmed_at: float | None = None
+    denied: bool = False  # the client was told that it was not sent, or not taken
+    deliveries: list[tuple[float, Place, bool]] = field(default_factory=list)  # when, where, marked as redelivered
+    ack_tried: str = ""  # by whom
+    acked_at: float | None = None
+    acked_at_set: str = ""
+    forwards: int = 0  # that a peer took
+    takes: str = ""  # the message that is acknowledged in the transaction in which this one is sent ...
+    seen_before: int = 0  # ... and how often that one had been delivered by then
+    ids: set[str] = field(default_factory=set)
+
+
+class NetAccount:
+    """What clients of a network sent, were told, received and acknowledged, and what went over links.
+
+    lease     how long a deposed leader may still show something
+    hops_max  how many brokers a message may pass
+    removed   sets that were taken out of the network by an operator: what was on its way to them may be there twice, marked
+    """
+
+    def __init__(self, findings: Findings, later: Later, lease: float, hops_max: int) -> None:
+        self.findings = findings
+        self.later = later
+        self.lease = lease
+        self.hops_max = hops_max
+        self.sent: dict[str, Sent] = {}
+        self.removed: set[str] = set()
+        self.confirmed = 0
+        self.acked = 0
+        self.redelivered = 0
+        self.forwarded = 0
+
+    # ---- clients
+
+    def attempt(self, name: str, body: bytes) -> None:
+        self.sent[name] = Sent(name, body)
+
+    def confirm(self, name: str, now: float) -> None:
+        self.sent[name].confirmed_at = now
+        self.confirmed += 1
+
+    def deny(self, name: str) -> None:
+        """It was not sent, or refused: nobody may ever see it."""
+        self.sent[name].denied = True
+
+    def try_ack(self, body: bytes, who: str) -> None:
+        self._find(body).ack_tried = who
+
+    def confirm_ack(self, body: bytes, set_name: str, now: float) -> None:
+        message = self._find(body)
+        if message.acked_at is not None and not message.ack_tried.endswith("transaction"):
+            self.findings.add(
+                f"{message.name!r} was acknowledged twice: at {message.acked_at:.3f} in set {message.acked_at_set}, "
+                f"and at {now:.3f} in set {set_name}"
+            )
+        message.acked_at, message.acked_at_set = now, set_name
+        self.acked += 1
+
+    def try_move(self, body: bytes, name: str) -> None:
+        """A message is to be acknowledged, and `name` to be sent, in one transaction."""
+        taken, moved = self._find(body), self.sent[name]
+        taken.ack_tried = f"{name}'s transaction"
+        moved.takes, moved.seen_before = taken.name, len(taken.deliveries)
+
+    def _find(self, body: bytes) -> Sent:
+        return self.sent[name_of(body)]
+
+    # ---- brokers
+
+    def deliver(self, place: Place, message_id: str, body: bytes, redelivered: bool, now: float) -> None:
+        """A broker has handed a message to a client."""
+        process, epoch, queue = place
+        set_name = process[0]
+        message = self.sent.get(name_of(body))
+        if message is None or body != message.body:
+            self.findings.add(f"{process} delivered {body[:40]!r}, which nobody sent")
+            return
+        if message.denied:
+            self.findings.add(f"{process} delivered {message.name!r}, of which its sender was told that it was not taken")
+        message.ids.add(message_id)
+        if len(message.ids) > 1:
+            self.findings.add(f"{message.name!r} has several ids: {sorted(message.ids)}")
+        deposed = self.later(set_name, epoch)
+        if deposed is not None and now > deposed + self.lease:
+            self.findings.add(f"{process} showed something in epoch {epoch} at {now:.3f}; a later one began at {deposed:.3f}")
+        if message.acked_at is not None and deposed is None and message.acked_at_set not in self.removed:
+            self.findings.add(
+                f"{process} delivered {message.name!r} from {queue} at {now:.3f}; "
+                f"its acknowledgement in set {message.acked_at_set} was confirmed at {message.acked_at:.3f}: {self.told(message)}"
+            )
+        if message.deliveries:
+            self.redelivered += 1
+            if not redelivered:
+                self.findings.add(
+                    f"{process} delivered {message.name!r} from {queue} at {now:.3f} as if it were the first time: {self.told(message)}"
+                )
+        message.deliveries.append((now, place, redelivered))
+        if message.takes:  # it is there, so that the other one is acknowledged
+            taken = self.sent[message.takes]
+            if taken.acked_at is None:
+                taken.acked_at, taken.acked_at_set = now, set_name
+
+    def forward(self, taker: str, passed: tuple[str, ...], body: bytes, new: bool) -> None:
+        """A broker has taken what a peer forwarded (`new`: and stored it)."""
+        self.forwarded += new
+        if len(passed) > self.hops_max:
+            self.findings.add(f"{taker} took {body[:12]!r} after {len(passed)} brokers: {passed}")
+        if taker == passed[-1]:
+            self.findings.add(f"{taker} took {body[:12]!r} from itself")
+        message = self.sent.get(name_of(body))
+        if message is None or message.body != body:
+            self.findings.add(f"{taker} was given {body[:40]!r} by {passed[-1]}, which nobody sent")
+            return
+        message.forwards += new
+        if message.forwards > self.hops_max and not self.removed:
+            self.findings.add(f"{message.name!r} was forwarded {message.forwards} times")
+
+    # ---- the end
+
+    def waiting(self) -> list[Sent]:
+        """Confirmed, and not accounted for: nobody has even tried to acknowledge them."""
+        return [message for message in self.sent.values() if message.confirmed_at is not None and not message.ack_tried]
+
+    def settle(self) -> None:
+        """All is well again, and everything that is left has been consumed."""
+        for message in self.waiting():
+            self.findings.add(
+                f"{message.name!r}, confirmed at {message.confirmed_at:.3f}, did not come to anybody: {self.told(message)}"
+            )
+
+        for moved in self.sent.values():
+            if moved.takes and not moved.deliveries:
+                taken = self.sent[moved.takes]
+                if len(taken.deliveries) == moved.seen_before and not self._moved_otherwise(moved):
+                    self.findings.add(
+                        f"{taken.name!r} was acknowledged, and {moved.name!r} was not sent with it: {self.told(taken)}"
+                    )
+
+    def _moved_otherwise(self, moved: Sent) -> bool:
+        """Whether another transaction, or an acknowledgement of its own, has taken the message."""
+        taken = self.sent[moved.takes]
+        others = [other for other in self.sent.values() if other.takes == taken.name and other is not moved]
+        return any(other.deliveries for other in others) or not taken.ack_tried.endswith("transaction")
+
+    @staticmethod
+    def told(message: Sent) -> str:
+        """What happened to a message, in short."""
+        history = ", ".join(f"{place[0]} {at:.3f}{' again' if marked else ''}" for at, place, marked in message.deliveries)
+        return f"deliveries [{history}], forwards {message.forwards}, acknowledged by {message.ack_tried or 'nobody'}"
+
+
+def name_of(body: bytes) -> str:
+    return body.split(b"|", 1)[0].decode("ascii", "replace")
