@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import trio
 
+from pybroker.cluster.native_urls import SCHEMES
 from pybroker.config import BrokerConfig
 from pybroker.connections import linger
 from pybroker.core.broker import Core
@@ -280,7 +281,7 @@ class LinkConnection:
     def _refused(self, event: Error) -> None:
         urls = event.details.get("urls", ())
         if isinstance(urls, tuple):
-            self.elsewhere = tuple(url for url in urls if isinstance(url, str))
+            self.elsewhere = tuple(url for url in urls if isinstance(url, str) and url.partition("://")[0] in SCHEMES)
         said = "".join(each if each.isprintable() else "?" for each in event.text[:TEXT_SHOWN])
         self._abort(event.code, said)
 

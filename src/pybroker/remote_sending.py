@@ -22,9 +22,11 @@ from pybroker.message import PRIORITY_DEFAULT, PRIORITY_MAX, encode_headers
 from pybroker.protocols.native_client import ranges_of
 from pybroker.protocols.native_frames import NUMBER_MAX, Ranges
 from pybroker.protocols.native_sends import (
+    DESTINATION_BYTES,
     FRAME_BYTES,
     FRAME_BYTES_MAX,
     FRAME_MESSAGES_MAX,
+    ROW_BYTES,
     Row,
     flags_of,
     row_size,
@@ -66,11 +68,29 @@ class Sender:
             self._destinations.clear()
         self._destinations.add(text)
 
-    def check_size(self, row: Row) -> None:
-        """Raise LimitExceeded for a body that the present broker does not take."""
-        limit = self.lifeline.opened.body_bytes_max
+    def fault_of(self, row: Row) -> LimitExceeded | None:
+        """Why the present broker does not take a message, for its size."""
+        opened = self.lifeline.opened
+        limit = opened.body_bytes_max
         if len(row[1]) > limit:
-            raise LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(row[1])} bytes")
+            return LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(row[1])} bytes")
+        limit = opened.frame_bytes_max
+        size = FRAME_BYTES + wire_size(row)
+        if size > limit:
+            return LimitExceeded("native.frame_bytes_max", limit, f"a frame with this message has up to {size} bytes")
+        return None
+
+    def check_size(self, row: Row) -> None:
+        """Raise LimitExceeded for a message that the present broker does not take."""
+        fault = self.fault_of(row)
+        if fault is not None:
+            raise fault
+
+    @property
+    def small_bytes(self) -> int:
+        """A message that has no more, with its headers, is taken."""
+        opened = self.lifeline.opened
+        return min(opened.body_bytes_max, opened.frame_bytes_max - FRAME_BYTES - DESTINATION_BYTES - ROW_BYTES)
 
     async def wait_room(self) -> None:
         """Wait until something may be sent; in the order of the callers. Raises BrokerUnavailable, BrokerClosed."""
@@ -132,12 +152,15 @@ class RemotePublisher(Publisher):
             size = sum([len(row[1]) + len(row[2]) for row in part])
             if size > FRAME_BYTES_MAX:
                 part, size = self._cut(part)
-            limit = self._sender.lifeline.opened.body_bytes_max
-            if size > limit and any(len(row[1]) > limit for row in part):
-                part, size, wrong = self._before_large(part, limit)
-                rows = rows[: at + len(part)]
-                if not part:
-                    break
+            if size > self._sender.small_bytes:
+                faults = map(self._sender.fault_of, part)
+                found = next(((number, fault) for number, fault in enumerate(faults) if fault is not None), None)
+                if found is not None:
+                    part, wrong = part[: found[0]], found[1]
+                    size = sum(map(row_size, part))
+                    rows = rows[: at + len(part)]
+                    if not part:
+                        break
             at += len(part)
             self.in_flight += len(part)
             self._sender.lifeline.submit(part, size, self)
@@ -154,13 +177,6 @@ class RemotePublisher(Publisher):
                 return rows[:count], size
             size += more
         return rows, size
-
-    @staticmethod
-    def _before_large(rows: list[Row], limit: int) -> tuple[list[Row], int, LimitExceeded]:
-        """Those in front of the first one that is too large, and what is said of that one."""
-        count = next(count for count, row in enumerate(rows) if len(row[1]) > limit)
-        error = LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(rows[count][1])} bytes")
-        return rows[:count], sum(map(row_size, rows[:count])), error
 
     async def _wait_room(self) -> None:
         """Wait until this publisher may send one more, and the connection takes it."""

@@ -207,3 +207,19 @@ async def test_what_breaks_every_connection_is_given_up(autojump_clock: MockCloc
                 await client.send("/queue/q", b"poison")
             assert 3 <= len(net.dialled) <= 5
             await client.send("/queue/q", b"fine")
+
+
+async def test_a_broker_that_never_answers_anything_is_as_none(autojump_clock: MockClock) -> None:
+    """Connections that break before anything came of them don't begin the deadline anew."""
+    async with wires() as net:
+
+        async def moody(peer: Peer) -> None:
+            await peer.welcome()
+            await peer.next()
+            await peer.cut()
+
+        net.serve(A, Puppet(moody).serve)
+        async with net.client(A, options=ConnectOptions(deadline=20)) as client:
+            with pytest.raises(SendInDoubt, match="deadline"):
+                await client.send("/queue/q", b"x")
+            assert 20 <= trio.current_time() < 30

@@ -374,7 +374,7 @@ class ClientWorld(World):
             states = {showing.state for showing in sent.showings[("queue",)]}
             copies = found[sent.number]
             if sent.expires and sent.expires <= self.now:
-                if copies > 1:
+                if copies > 1 and not sent.released:
                     raise Broken(f"{sent} has expired, and is stored {copies} times")
                 continue
             if copies > 1 and not sent.released:

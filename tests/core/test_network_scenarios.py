@@ -15,6 +15,7 @@ from pybroker.core.invariants import check_invariants
 from pybroker.core.queue import LINK
 from pybroker.errors import BrokerError
 from pybroker.message import Message, Route
+from pybroker.store import format as fmt
 from tests.core.network import Broker
 from tests.core.network_clients import ClientWorld, Sent
 from tests.core.network_story import chain, mesh, ring
@@ -310,6 +311,32 @@ def test_what_expired_on_its_way_holds_up_nothing() -> None:
     world.pass_time(2_000)
     finish(world)
     assert seen(sends) == {"b": 10}
+
+
+def test_what_can_not_be_read_on_its_way_holds_up_nothing_and_goes_when_it_is_mended() -> None:
+    world = network("ab", window=2)
+    world.join(world.brokers["b"], Q, prefetch=100)
+    a = world.brokers["a"]
+    world.heal()
+    sends = send(world, "a", 5)
+    world.cut(("a", "b"))
+    world.rest()
+    a.peers = {}
+    for queue in a.core.queues.values():
+        if queue.kind == LINK:
+            keys = [fmt.message_key(queue.queue_id, order) for order in range(queue.next_sequence)]
+    whole = {key: a.backend.get(key) for key in keys}
+    a.backend.write([(key, (value or b"")[:-1] + b"?") for key, value in whole.items()], True)
+    world.stop(a, clean=False)
+    sends += send(world, "a", 5, producer="another one")
+    world.heal(world.acknowledge_all)
+    assert seen(sends) == {"b": 5}
+    assert a.core.links.peers["b"].waiting == 5
+    a.backend.write([(key, value or b"") for key, value in whole.items()], True)
+    world.stop(a, clean=False)
+    finish(world)
+    assert seen(sends) == {"b": 10}
+    assert a.core.links.peers["b"].waiting == 0
 
 
 # ---- a peer that will not come back

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from pybroker.errors import NotLeader
 from pybroker.link_connection import BROKEN, SILENT
 from tests.network.brokers import DISCOVERY, World, two, url, world
 
@@ -198,6 +199,19 @@ async def test_a_set_is_dialled_where_it_leads_now(autojump_clock: trio.abc.Cloc
             await network.wait_linked(("a", place), seconds=6.0)
             assert a.network._links["s"].address == url(place)
             await node.stop()
+
+
+async def test_a_replica_that_does_not_lead_says_where_to_go(autojump_clock: trio.abc.Clock) -> None:
+    """Only one address of the set was given, and its leader is elsewhere."""
+    async with world() as network:
+        a = network.add("a", ["s1"])
+        s1, s2 = network.add("s", place="s1"), network.add("s", place="s2")
+        for node in (s1, s2, a):
+            await node.start()
+        await network.wait_linked(("a", "s1"))
+        s1.engine.fail(NotLeader("s2 leads", "s2", ("stomp://s2:61613", url("s2"))))
+        await network.wait_linked(("a", "s2"), seconds=1.0)
+        assert a.network._links["s"].address == url("s2")
 
 
 @pytest.mark.parametrize(

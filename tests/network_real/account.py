@@ -1,7 +1,8 @@
 """The total-queue check for a network of brokers: that of a replica set, and that nothing is stored twice.
 
 Knows the promises (DESIGN.md section 7). A native program knows the id of each message that it sent, and its client never makes
-a second message of a send: whatever broker a delivery came from, it has this id.
+a second message of a send: whatever broker a delivery came from, it has this id. A program that stays with one set is in doubt of
+nothing: the set knows, across all failovers, what it has stored of it (P7).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ def settle(ledgers: list[Ledger]) -> Account:
     """Check everything. (Two copies of one message somewhere in the network are two unmarked deliveries of it, or one too late.)"""
     account = one_set.settle(ledgers)
     check_once(account, ledgers)
+    check_resolved(account, ledgers)
     account.counts["repeated by clients"] = sum(ledger.get("repeated", 0) for ledger in ledgers)
     return account
 
@@ -35,3 +37,17 @@ def check_once(account: Account, ledgers: list[Ledger]) -> None:
         if others:
             account.fault("stored twice", f"{id} has the id {message_id}, and was delivered as {others}")
     account.counts["sent once"] = len(given)
+
+
+def check_resolved(account: Account, ledgers: list[Ledger]) -> None:
+    """P7: what was sent to one set, and sent again by the client after a lost connection, is confirmed in the end."""
+    for ledger in ledgers:
+        if not ledger.get("once") or ledger.get("wanders"):
+            continue
+        in_transactions = {id for transaction in ledger.get("transactions", ()) for id in transaction["ids"]}
+        for id, row in ledger["sent"].items():
+            if row["confirmed"] is None and id not in in_transactions:
+                account.fault("in doubt", id)
+        for transaction in ledger.get("transactions", ()):
+            if transaction["confirmed"] is None:
+                account.fault("in doubt", f"transaction of {transaction['ids']}")

@@ -19,6 +19,9 @@ MULTICAST = "multicast://239.255.2.3:6155"
 SECRET = "shared by a test's network"
 SESSION_TIMEOUT = 10.0  # seconds: no failover here waits for it
 TABLES = f"""
+[native]
+heartbeat_interval = 0.25
+heartbeat_timeout = 1.0
 [network]
 secret = "{SECRET}"
 allow = ["plaintext"]

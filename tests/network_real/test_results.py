@@ -19,6 +19,7 @@ from tests.network_real.trial import Trial
 
 pytestmark = pytest.mark.slow
 
+NO_ERROR = "(no error frame)"
 QUIET = 3.0  # seconds of load that figures are taken of
 
 
@@ -63,8 +64,9 @@ def test_a_node_is_added_and_nobody_is_disturbed(tmp_path: Path, begin: Begin):
         running.wait_received("east", "north")
         assert roles == {site: running.sets.master(site).roles for site in ("north", "south")}
         running.settle()
-        lost = {ledger["name"]: ledger["errors"] for ledger in running.ledgers() if ledger["errors"]}
-        assert not lost, f"connections were lost, or sends came in doubt: {lost}"
+        for ledger in running.ledgers():  # a STOMP program goes once by itself, at the end
+            assert ledger["connections"] <= (1 if "repeated" in ledger else 2), ledger["name"]
+            assert not set(ledger["errors"]) - {NO_ERROR}, (ledger["name"], ledger["errors"])
 
 
 def test_two_masters_serve_at_the_same_time(tmp_path: Path, begin: Begin):

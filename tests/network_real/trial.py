@@ -64,6 +64,7 @@ class Trial:
 
     def native(self, role: str, name: str, site: str, **more: Any) -> Spec:
         spec = {"role": role, "name": name, "url": self.url(site), "secret": SECRET, "seed": self.seed}
+        spec["wanders"] = site == FOUND
         spec |= {"pace": PACE, "window": 40} if role != "Consumer" else {"prefetch": 60}
         return spec | more
 
@@ -134,8 +135,12 @@ class Trial:
         self.go(PRODUCERS)
 
     def add(self, site: str) -> None:
-        """One more set joins, with programs of its own: what they send is consumed elsewhere, and they consume what others send."""
+        """One more set joins, and has programs of its own (`add_programs`)."""
         self.sets.launch(site)
+        self.add_programs(site)
+
+    def add_programs(self, site: str) -> None:
+        """Programs for a set that was launched: what they send is consumed elsewhere, and they consume what others send."""
         process = f"of-{site}"
         self.launch(
             process,
@@ -170,11 +175,18 @@ class Trial:
         """Wait until so many more messages have come to a set's master over its link with a peer."""
 
         def received() -> int:
-            found: int = self.sets.view(site).get(peer, {"received": -1})["received"]
+            found: int = self.sets.view(site).get(peer, {"received": 0})["received"]
             return found
 
-        before = received()
-        self.wait(f"{site} gets more from {peer}", lambda: received() >= max(before, 0) + count or -1 < received() < before)
+        lowest = received()
+
+        def more() -> bool:
+            nonlocal lowest
+            now = received()
+            lowest = min(lowest, now)  # another master counts from nothing
+            return now >= lowest + count
+
+        self.wait(f"{site} gets more from {peer}", more)
 
     def hold(self, seconds: float) -> None:
         """Let that time pass under load, served or not."""
@@ -238,7 +250,7 @@ class Trial:
         for name, specs in self._specs.items():
             ledgers = json.loads((self._directory / f"{name}.ledger").read_text())
             for ledger, spec in zip(ledgers, specs, strict=True):
-                found.append({key: spec[key] for key in ("destinations", "alone") if key in spec} | ledger)
+                found.append({key: spec[key] for key in ("destinations", "alone", "wanders") if key in spec} | ledger)
         return found
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ def frame(sends: Sends) -> list[Any]:
 
 def connected(messages_max: int = 100, bytes_max: int = 10_000) -> Sends:
     sends = Sends("producer-of-16-chars")
-    sends.connected(messages_max, bytes_max, 1_000_000, 100_000)
+    sends.connected(messages_max, bytes_max, 100_000_000, 100_000)
     return sends
 
 
@@ -73,6 +73,20 @@ def test_frames_are_bounded() -> None:
     assert sends.next_frame() is None
 
 
+def test_frames_fit_the_broker_s_limit() -> None:
+    sends = Sends("producer-of-16-chars")
+    assert sends.connected(10_000, 10**9, 5_000, 5_000) == []
+    destination = "/queue/" + "ü" * 500
+    for _ in range(5):
+        made: list[Row] = [(destination, b"x" * 900, b"a:b\n", 20, 2**62)] * 20
+        sends.submit(made, sum(map(row_size, made)), "mine")
+    count = 0
+    while (data := sends.next_frame()) is not None:
+        assert len(data) - 4 <= 5_000
+        count += len(msgpack.unpackb(data[4:])[2])
+    assert count == 100
+
+
 def test_a_transaction_has_a_frame_and_a_sequence_of_its_own() -> None:
     sends = connected()
     submit(sends, b"a")
@@ -102,7 +116,7 @@ def test_what_was_not_written_can_be_withdrawn() -> None:
     sends.withdraw(second)
     assert second.context is None, "it was written, and nobody cares"
     sends.disconnected()
-    sends.connected(100, 100, 1_000, 1_000)
+    sends.connected(100, 100, 100_000, 1_000)
     assert frame(sends)[1] == 3, "what nobody waits for is not written again"
     assert (sends.messages, sends.bytes) == (1, 1)
 
@@ -113,7 +127,7 @@ def test_what_is_too_large_for_the_next_broker_is_not_sent_again_and_again() -> 
     transaction = sends.submit_transaction(rows(b"x" * 300), 300, {}, {}, "tx")
     frame(sends)
     sends.disconnected()
-    assert sends.connected(100, 10_000, 400, 400) == [large, transaction]
+    assert sends.connected(100, 10_000, 1_400, 400) == [large, transaction]
     assert frame(sends)[1] == small.first
     assert sends.next_frame() is None
 
@@ -139,7 +153,7 @@ def test_another_producer_takes_what_was_never_written() -> None:
     sends.disconnected()
     assert sends.elsewhere("another-of-16-chars") == [tried, named]
     assert (fresh.first, fresh.last, sends.known, sends.message_id(1)) == (1, 2, False, "another-of-16-chars-1")
-    sends.connected(10, 10, 1_000, 1_000)
+    sends.connected(10, 10, 100_000, 1_000)
     assert frame(sends)[1] == 1
     assert sends.confirm(1, 2) == [(fresh, 2)]
 
@@ -153,7 +167,7 @@ def test_the_same_producer_elsewhere_repeats_what_can_be() -> None:
         pass
     sends.disconnected()
     assert sends.elsewhere(sends.producer) == [settling]
-    sends.connected(10, 10, 1_000, 1_000)
+    sends.connected(10, 10, 100_000, 1_000)
     assert [frame(sends)[1], frame(sends)[1]] == [tried.first, transaction.first]
 
 
@@ -326,7 +340,7 @@ def test_parts_of_a_submission_are_answered_in_any_order(sequences: list[int]) -
         assert sends.confirm(sequence, sequence) == [(mine, 1)]
         assert (mine.left, mine.size, sends.messages) == (40 - at,) * 3
     sends.disconnected()
-    sends.connected(100, 1_000, 1_000, 1_000)
+    sends.connected(100, 1_000, 100_000, 1_000)
     again: list[int] = []
     while (data := sends.next_frame()) is not None:
         _, first, sent = msgpack.unpackb(data[4:])

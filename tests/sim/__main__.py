@@ -1,4 +1,7 @@
-"""Replay seeds, with what happened printed: ``python -m tests.sim SEED [SEED ...]``; ``--from N --count M`` runs many, in short."""
+"""Replay seeds, with what happened printed: ``python -m tests.sim SEED [SEED ...]``; ``--from N --count M`` runs many, in short.
+
+With ``--network`` they are seeds of networks of sets.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from collections import Counter
 
 import trio
 
+from tests.sim import faults, net_faults
 from tests.sim.checkers import Violation
-from tests.sim.faults import simulate
 
 SLOW = 2.0  # seconds of processor time for one run
 
@@ -22,7 +25,9 @@ def main() -> int:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--count", type=int, default=0)
     parser.add_argument("--digest", action="store_true", help="print only the digest of each seed's trace")
+    parser.add_argument("--network", action="store_true", help="networks of sets instead of one set")
     arguments = parser.parse_args()
+    simulate = net_faults.simulate if arguments.network else faults.simulate
     if arguments.digest:
         for seed in arguments.seeds:
             print(simulate(seed).digest)

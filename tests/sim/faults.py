@@ -138,7 +138,7 @@ class Faults:
         """SIGTERM, and a new start."""
         member = self.member()
         life = member.life
-        if life is None or life.paused or life.stopping or life.replica.position is None:
+        if life is None or life.paused or life.stopping or not life.settled:
             return
         self.sim.trace(f"{life.name} is asked to stop")
         self.sim.count("stops")

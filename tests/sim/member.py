@@ -79,6 +79,11 @@ class Life(Process):
             rng=self.rng,
         )
 
+    @property
+    def settled(self) -> bool:
+        """Whether it has come as far as to have a store."""
+        return self.replica.position is not None
+
     def clock_ms(self) -> int:
         return WALL_CLOCK + int(trio.current_time() * 1000) + self.member.clock_ms
 

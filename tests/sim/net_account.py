@@ -1,8 +1,8 @@
 """What must be true of messages in a network of sets. Written apart from the code: knows no class of pybroker, only what was seen.
 
 DESIGN.md sections 6 and 7, of durable messages in queues: what was confirmed is consumed; what is acknowledged is never delivered
-again, by whatever broker; who is given a message for the second time is told so, which a copy stored twice can't be; what was
-refused or not sent is never seen; no byte is changed; no message goes round in circles.
+again, by whatever broker; who is given a message of one queue for the second time is told so, which a copy stored twice can't be
+(a dead letter begins anew); what was refused or not sent is never seen; no byte is changed; no message goes round in circles.
 """
 
 from __future__ import annotations
@@ -99,13 +99,17 @@ class NetAccount:
             self.findings.add(f"{process} delivered {body[:40]!r}, which nobody sent")
             return
         if message.denied:
-            self.findings.add(f"{process} delivered {message.name!r}, of which its sender was told that it was not taken")
+            self.findings.add(
+                f"{process} delivered {message.name!r}, of which its sender was told that it was not taken"
+            )
         message.ids.add(message_id)
         if len(message.ids) > 1:
             self.findings.add(f"{message.name!r} has several ids: {sorted(message.ids)}")
         deposed = self.later(set_name, epoch)
         if deposed is not None and now > deposed + self.lease:
-            self.findings.add(f"{process} showed something in epoch {epoch} at {now:.3f}; a later one began at {deposed:.3f}")
+            self.findings.add(
+                f"{process} showed something in epoch {epoch} at {now:.3f}; a later one began at {deposed:.3f}"
+            )
         if message.acked_at is not None and deposed is None and message.acked_at_set not in self.removed:
             self.findings.add(
                 f"{process} delivered {message.name!r} from {queue} at {now:.3f}; "
@@ -113,7 +117,7 @@ class NetAccount:
             )
         if message.deliveries:
             self.redelivered += 1
-            if not redelivered:
+            if not redelivered and any(before[2] == queue for _, before, _ in message.deliveries):
                 self.findings.add(
                     f"{process} delivered {message.name!r} from {queue} at {now:.3f} as if it were the first time: {self.told(message)}"
                 )
@@ -168,7 +172,9 @@ class NetAccount:
     @staticmethod
     def told(message: Sent) -> str:
         """What happened to a message, in short."""
-        history = ", ".join(f"{place[0]} {at:.3f}{' again' if marked else ''}" for at, place, marked in message.deliveries)
+        history = ", ".join(
+            f"{place[0]} {at:.3f}{' again' if marked else ''}" for at, place, marked in message.deliveries
+        )
         return f"deliveries [{history}], forwards {message.forwards}, acknowledged by {message.ack_tried or 'nobody'}"
 
 

@@ -184,9 +184,7 @@ class Receiver(NetClient):
                     await self.rest()
                     await self.settle(client, subscription, messages)
 
-    async def settle(
-        self, client: RemoteClient, subscription: Subscription, messages: list[ReceivedMessage]
-    ) -> None:
+    async def settle(self, client: RemoteClient, subscription: Subscription, messages: list[ReceivedMessage]) -> None:
         choice = self.rng.random()
         if choice < 0.08:
             await subscription.nack(messages)

@@ -7,7 +7,7 @@ simulation's network, a store of its own for a broker that stands alone. What mu
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
@@ -88,6 +88,10 @@ class NetLife(Life):
         else:
             self.replica = self.make_replica()
             self.broker = Broker(config, Replicated(self.replica), membership)
+
+    @property
+    def settled(self) -> bool:
+        return self.broker.role == "standalone" if self.member.net.stands_alone else super().settled
 
     async def _dial(self, network: SimNetwork, address: str) -> trio.abc.Stream:
         if self.dead:
@@ -276,5 +280,3 @@ def watched_network(rng: random.Random) -> Iterator[None]:
         for kind in (NativeConnection, LinkConnection, Link, RemoteSubscription):
             stack.enter_context(_numbered(kind))
         yield
-
-

@@ -45,7 +45,7 @@ class NetSet(SimSet):
         self.zookeeper.delay = lambda: rng.uniform(0.0005, 0.003)
         self.names = [f"{name}{number}" for number in self.options.names]
         self.members: dict[str, Any] = {}
-        self.removed = False  # for good: it is not started again
+        self.absent = False  # nobody starts it: it is not there yet, or never again
 
     @property
     def stands_alone(self) -> bool:
@@ -104,7 +104,7 @@ class NetSet(SimSet):
         return max(leaders, key=lambda member: member.epoch, default=None)
 
     def is_whole(self) -> bool:
-        if self.removed:
+        if self.absent:
             return True
         if self.stands_alone:
             return self.serving() is not None

@@ -147,7 +147,7 @@ class NetSimulation(Run):
 
     def start_all(self) -> None:
         for each in self.sets.values():
-            if not each.removed:
+            if not each.absent:
                 each.start_all()
 
     def start_clients(self) -> None:
@@ -229,7 +229,7 @@ class NetSimulation(Run):
         return all(each.is_whole() for each in self.sets.values())
 
     def live_sets(self) -> list[NetSet]:
-        return [each for each in self.sets.values() if not each.removed]
+        return [each for each in self.sets.values() if not each.absent]
 
     async def check_convergence(self) -> None:
         """A new consumer somewhere gets what is sent everywhere else."""
@@ -262,7 +262,7 @@ class NetSimulation(Run):
             home = self.rng.choice(self.live_sets())
             self.run_client(Drain(self, f"drain{queue[7:]}", home.names, queue))
         with trio.move_on_after(DRAINED) as late:
-            while self.account.waiting() or self.left():
+            while self.account.waiting() or self.left():  # noqa: ASYNC110
                 await trio.sleep(0.05)
         if late.cancelled_caught:
             waiting = [f"{message.name}: {self.account.told(message)}" for message in self.account.waiting()[:3]]

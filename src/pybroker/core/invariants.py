@@ -117,12 +117,15 @@ def _check_links(links: Links) -> None:
             assert core.queues[queue.queue_id] is queue, queue
             assert queue.kind == LINK, queue
             assert queue.name == name, queue
-            assert len(queue.consumers) == (peer.link is not None and at == 0), (queue, "one lane after the other")
+            assert len(queue.consumers) <= (peer.link is not None), queue
+            waits = any(each.depth > len(each.unread) for each in peer.queues[:at])
+            assert not queue.consumers or not waits, (queue, "one lane after the other")
             for entry in [*queue.window, *queue.outstanding.values()]:
                 route = entry.message.route
                 assert route is not None, entry
                 assert route.passed[-1] == links.name, (entry, route)
                 assert len(route.passed) <= links.config.hops_max, (entry, route)
+        assert peer.link is None or not peer.queues or any(queue.consumers for queue in peer.queues), peer.name
         namespaces = [queue.client_id for queue in peer.queues]
         assert len(set(namespaces)) == len(namespaces), (peer.name, namespaces)
     of_links = {queue for peer in links.peers.values() for queue in peer.queues} | links.releasing

@@ -323,10 +323,13 @@ class Links:
             for consumer in list(queue.consumers):
                 self.core.unsubscribe(consumer)
             self.core.deleted(queue)
-        if peer.link is None or not peer.queues or peer.queues[0].consumers:
-            return
-        queue = peer.queues[0]
         link = peer.link
+        if link is None or not peer.queues:
+            return
+        # What the store can't give back whole holds up nobody: it goes when it is mended.
+        queue = next((each for each in peer.queues if each.depth > len(each.unread)), peer.queues[-1])
+        if queue.consumers:
+            return
         lane = Lane(link.next_number(), queue.client_id)
         consumer = Consumer(link.connection, queue, INDIVIDUAL, link.messages_max, link.bytes_max, lane)
         link.connection.consumers[consumer] = None

@@ -35,6 +35,7 @@ from pybroker.protocols.link_handshake import (
 )
 from pybroker.protocols.native_decoding import FrameCutter, HeaderBlocks
 from pybroker.protocols.native_frames import Beat, Bye, Error
+from pybroker.protocols.native_session import error_frame
 
 WAIT_HELLO = "waits for LINK_HELLO"
 WAIT_WELCOME = "waits for LINK_WELCOME"
@@ -239,7 +240,7 @@ class LinkSession:
     def error(self, error: BrokerError) -> bytes:
         """The last frame, whatever the state: why this end closes the link. Nothing more is read."""
         self._end()
-        return native_frames.encode_error(error.code, str(error).encode("utf-8", "replace").decode())
+        return error_frame(error)
 
     def stop_reading(self) -> None:
         """Nothing that the peer says counts any more; what is owed may still be said, then `bye` or `error`."""

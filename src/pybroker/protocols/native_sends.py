@@ -17,6 +17,7 @@ Row = tuple[str, bytes, bytes, int, int]  # destination, body, header block, fla
 
 FRAME_MESSAGES_MAX = 1_000  # messages in one SEND
 FRAME_BYTES_MAX = 1024 * 1024  # bytes of these (one message always may)
+DESTINATION_BYTES = 1_100  # most bytes of a destination in a frame
 ROW_BYTES = 64  # most bytes of a message in a frame beside destination, body and header block
 FRAME_BYTES = 64  # the same of a frame beside its messages
 
@@ -33,7 +34,7 @@ def row_size(row: Row) -> int:
 
 def wire_size(row: Row) -> int:
     """Most bytes that a message takes in a frame."""
-    return row_size(row) + 4 * len(row[0]) + ROW_BYTES
+    return row_size(row) + DESTINATION_BYTES + ROW_BYTES
 
 
 class Submission:
@@ -126,6 +127,8 @@ class Sends:
         self.bytes_max = 0
         self.messages = 0  # submitted and not answered
         self.bytes = 0
+        self._frame_messages_max = FRAME_MESSAGES_MAX
+        self._frame_bytes_max = FRAME_BYTES_MAX
         self.known = False  # something was written under this producer's id
         self.repeated = 0  # messages and transactions that were written again
         self._next = 1
@@ -224,10 +227,14 @@ class Sends:
     ) -> list[Submission]:
         """There is a connection, with these limits; returns (and forgets) what can't be said on it, being too large."""
         self.messages_max, self.bytes_max = messages_max, bytes_max
+        self._frame_messages_max = max(
+            min(FRAME_MESSAGES_MAX, frame_bytes_max // 2 // (DESTINATION_BYTES + ROW_BYTES)), 1
+        )
+        self._frame_bytes_max = min(FRAME_BYTES_MAX, frame_bytes_max // 2)
         large = [
             each
             for each in self._pending
-            if any(len(row[1]) > body_bytes_max for row in each.rows)
+            if any(len(row[1]) > body_bytes_max or FRAME_BYTES + wire_size(row) > frame_bytes_max for row in each.rows)
             or (each.acks is not None and FRAME_BYTES + sum(map(wire_size, each.rows)) > frame_bytes_max)
         ]
         if large:
@@ -297,15 +304,15 @@ class Sends:
         own = False  # `rows` is a list of this call, and no submission's
         size = 0
         expected = first
-        while self._queue and len(rows) < FRAME_MESSAGES_MAX:
+        while self._queue and len(rows) < self._frame_messages_max:
             submission, low, high = self._queue[0]
             if low != expected or submission.acks is not None or not submission.left:
                 break
             count = high - low + 1
             if (
                 count == len(submission.rows)
-                and len(rows) + count <= FRAME_MESSAGES_MAX
-                and size + submission.size <= FRAME_BYTES_MAX
+                and len(rows) + count <= self._frame_messages_max
+                and size + submission.size <= self._frame_bytes_max
                 and self._fits(count, submission.size)
             ):
                 piece, piece_size = submission.rows, submission.size
@@ -336,7 +343,9 @@ class Sends:
             first = not taken and not piece
             if not self._fits(len(piece) + 1, piece_size + more) and (not first or self._out_messages):
                 break
-            if not first and (taken + len(piece) >= FRAME_MESSAGES_MAX or size + piece_size + more > FRAME_BYTES_MAX):
+            if not first and (
+                taken + len(piece) >= self._frame_messages_max or size + piece_size + more > self._frame_bytes_max
+            ):
                 break
             piece.append(row)
             piece_size += more
