@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("broker", "client", "subscription", "local_client", "local_subscription"),
         *("connecting", "connect_options", "addresses", "remote_client", "remote_connection", "remote_events"),
         *("remote_lifeline", "remote_search", "remote_sending", "remote_subscription", "remote_waiting"),
-        *("statistics", "remote", "settings", "replica_settings", "network_settings"),
+        *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings"),
         *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "__main__", ""),
     ),
 }

@@ -18,8 +18,8 @@ import trio
 
 from pybroker.connecting import connect
 from pybroker.errors import ConfigurationError, UnknownDelivery
-from pybroker.remote import StompClient, connect_stomp
 from pybroker.remote_client import RemoteClient
+from pybroker.stomp_remote import StompClient, connect_stomp
 from pybroker.subscription import ReceivedMessage, Subscription
 
 DEFAULT_URL = "stomp://127.0.0.1:61613"

@@ -19,7 +19,7 @@ from pybroker.broker import Broker, open_broker
 from pybroker.client import Client
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, SendInDoubt, StoreDamaged, StoreError
 from pybroker.keeper import reopening
-from pybroker.remote import connect_stomp
+from pybroker.stomp_remote import connect_stomp
 from pybroker.store import format as fmt
 from pybroker.store.backend import Entry
 from tests.engine.support import Disk, Found, Place, broker_on, check, check_empty, drain, wait_serving

@@ -12,7 +12,7 @@ import trio
 
 from pybroker.broker import Broker, open_broker
 from pybroker.errors import BrokerClosed, BrokerError, StoreLocked, SubscriptionError
-from pybroker.remote import connect_stomp
+from pybroker.stomp_remote import connect_stomp
 from tests.crash.wire import Connection
 from tests.engine.support import OWNER, Disk, broker_on, check, drain
 
