@@ -15,7 +15,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import deep, embedded, failover, idle, latency, machine, native, replication, report, throughput
+from benchmarks import (
+    deep,
+    embedded,
+    failover,
+    idle,
+    latency,
+    machine,
+    native,
+    network,
+    replication,
+    report,
+    throughput,
+)
 from benchmarks.processes import KINDS, raise_file_limit
 from benchmarks.report import Row
 from benchmarks.settings import NotMeasurable, Settings
@@ -30,6 +42,7 @@ CASES: dict[str, Case] = {
     "failover": failover.run,
     "replication": replication.run,
     "native": native.run,
+    "network": network.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0

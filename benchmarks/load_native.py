@@ -57,7 +57,9 @@ class Flow:
                 with trio.CancelScope() as self._receiving:
                     while not (self._all_sent and self.expected.received == self.sent):
                         await self._receive(subscription)
-            return time.perf_counter() - started  # leaving the subscription waits for the commit of all that was said before
+            return (
+                time.perf_counter() - started
+            )  # leaving the subscription waits for the commit of all that was said before
 
     async def _send(self, messages: int, ends: float) -> None:
         chunks, durable = self._chunks, not self._options.volatile

@@ -276,7 +276,7 @@ def note_delivery(engine: Engine, consumer: Any, entry: Any) -> None:
     life = engine.life
     if not life.dead:
         sim, message = life.sim, entry.message
-        queue = consumer.queue.name
+        queue = consumer.queue.client_id or consumer.queue.name  # a durable subscriber is known by its client
         sim.trace(f"{life.name} delivers {message.body[:8]!r} of {queue}")
         where = (life.name, engine.journal.position[0], queue)
         message_id = message.message_id.decode()

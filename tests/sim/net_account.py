@@ -16,21 +16,37 @@ Later = Callable[[str, int], float | None]  # a set, an epoch: when a later lead
 
 
 @dataclass
-class Sent:
-    """One message, by the name in its body."""
+class Copy:
+    """What one receiver gets of a message: a durable subscriber, or ("") whoever consumes the queue."""
 
-    name: str
-    body: bytes
-    confirmed_at: float | None = None
-    denied: bool = False  # the client was told that it was not sent, or not taken
     deliveries: list[tuple[float, Place, bool]] = field(default_factory=list)  # when, where, marked as redelivered
     ack_tried: str = ""  # by whom
     acked_at: float | None = None
     acked_at_set: str = ""
+
+    def told(self) -> str:
+        """What happened to it, in short."""
+        history = ", ".join(f"{place[0]} {at:.3f}{' again' if marked else ''}" for at, place, marked in self.deliveries)
+        return f"deliveries [{history}], acknowledged by {self.ack_tried or 'nobody'}"
+
+
+@dataclass
+class Sent:
+    """One message, by the name in its body. `receivers`: who has to get it."""
+
+    name: str
+    body: bytes
+    receivers: tuple[str, ...]
+    copies: dict[str, Copy] = field(default_factory=dict)
+    confirmed_at: float | None = None
+    denied: bool = False  # the client was told that it was not sent, or not taken
     forwards: int = 0  # that a peer took
     takes: str = ""  # the message that is acknowledged in the transaction in which this one is sent ...
     seen_before: int = 0  # ... and how often that one had been delivered by then
     ids: set[str] = field(default_factory=set)
+
+    def copy(self, receiver: str = "") -> Copy:
+        return self.copies.setdefault(receiver, Copy())
 
 
 class NetAccount:
@@ -39,6 +55,7 @@ class NetAccount:
     lease     how long a deposed leader may still show something
     hops_max  how many brokers a message may pass
     removed   sets that were taken out of the network by an operator: what was on its way to them may be there twice, marked
+    subscribers  durable ones: their names
     """
 
     def __init__(self, findings: Findings, later: Later, lease: float, hops_max: int) -> None:
@@ -48,6 +65,7 @@ class NetAccount:
         self.hops_max = hops_max
         self.sent: dict[str, Sent] = {}
         self.removed: set[str] = set()
+        self.subscribers: list[str] = []
         self.confirmed = 0
         self.acked = 0
         self.redelivered = 0
@@ -55,8 +73,8 @@ class NetAccount:
 
     # ---- clients
 
-    def attempt(self, name: str, body: bytes) -> None:
-        self.sent[name] = Sent(name, body)
+    def attempt(self, name: str, body: bytes, receivers: tuple[str, ...] = ("",)) -> None:
+        self.sent[name] = Sent(name, body, receivers)
 
     def confirm(self, name: str, now: float) -> None:
         self.sent[name].confirmed_at = now
@@ -67,26 +85,26 @@ class NetAccount:
         self.sent[name].denied = True
 
     def try_ack(self, body: bytes, who: str) -> None:
-        self._find(body).ack_tried = who
+        self._copy(body, who).ack_tried = who
 
-    def confirm_ack(self, body: bytes, set_name: str, now: float) -> None:
-        message = self._find(body)
-        if message.acked_at is not None and not message.ack_tried.endswith("transaction"):
+    def confirm_ack(self, body: bytes, who: str, set_name: str, now: float) -> None:
+        copy = self._copy(body, who)
+        if copy.acked_at is not None and not copy.ack_tried.endswith("transaction"):
             self.findings.add(
-                f"{message.name!r} was acknowledged twice: at {message.acked_at:.3f} in set {message.acked_at_set}, "
+                f"{name_of(body)!r} was acknowledged twice: at {copy.acked_at:.3f} in set {copy.acked_at_set}, "
                 f"and at {now:.3f} in set {set_name}"
             )
-        message.acked_at, message.acked_at_set = now, set_name
+        copy.acked_at, copy.acked_at_set = now, set_name
         self.acked += 1
 
     def try_move(self, body: bytes, name: str) -> None:
         """A message is to be acknowledged, and `name` to be sent, in one transaction."""
-        taken, moved = self._find(body), self.sent[name]
-        taken.ack_tried = f"{name}'s transaction"
-        moved.takes, moved.seen_before = taken.name, len(taken.deliveries)
+        taken, moved = self.sent[name_of(body)], self.sent[name]
+        taken.copy().ack_tried = f"{name}'s transaction"
+        moved.takes, moved.seen_before = taken.name, len(taken.copy().deliveries)
 
-    def _find(self, body: bytes) -> Sent:
-        return self.sent[name_of(body)]
+    def _copy(self, body: bytes, receiver: str) -> Copy:
+        return self.sent[name_of(body)].copy(receiver if receiver in self.subscribers else "")
 
     # ---- brokers
 
@@ -110,20 +128,21 @@ class NetAccount:
             self.findings.add(
                 f"{process} showed something in epoch {epoch} at {now:.3f}; a later one began at {deposed:.3f}"
             )
-        if message.acked_at is not None and deposed is None and message.acked_at_set not in self.removed:
+        copy = self._copy(body, queue)
+        if copy.acked_at is not None and deposed is None and copy.acked_at_set not in self.removed:
             self.findings.add(
                 f"{process} delivered {message.name!r} from {queue} at {now:.3f}; "
-                f"its acknowledgement in set {message.acked_at_set} was confirmed at {message.acked_at:.3f}: {self.told(message)}"
+                f"its acknowledgement in set {copy.acked_at_set} was confirmed at {copy.acked_at:.3f}: {copy.told()}"
             )
-        if message.deliveries:
+        if copy.deliveries:
             self.redelivered += 1
-            if not redelivered and any(before[2] == queue for _, before, _ in message.deliveries):
+            if not redelivered and any(before[2] == queue for _, before, _ in copy.deliveries):
                 self.findings.add(
-                    f"{process} delivered {message.name!r} from {queue} at {now:.3f} as if it were the first time: {self.told(message)}"
+                    f"{process} delivered {message.name!r} from {queue} at {now:.3f} as if it were the first time: {copy.told()}"
                 )
-        message.deliveries.append((now, place, redelivered))
+        copy.deliveries.append((now, place, redelivered))
         if message.takes:  # it is there, so that the other one is acknowledged
-            taken = self.sent[message.takes]
+            taken = self.sent[message.takes].copy()
             if taken.acked_at is None:
                 taken.acked_at, taken.acked_at_set = now, set_name
 
@@ -139,43 +158,39 @@ class NetAccount:
             self.findings.add(f"{taker} was given {body[:40]!r} by {passed[-1]}, which nobody sent")
             return
         message.forwards += new
-        if message.forwards > self.hops_max and not self.removed:
+        if message.forwards > self.hops_max * max(1, len(message.receivers)) and not self.removed:
             self.findings.add(f"{message.name!r} was forwarded {message.forwards} times")
 
     # ---- the end
 
-    def waiting(self) -> list[Sent]:
-        """Confirmed, and not accounted for: nobody has even tried to acknowledge them."""
-        return [message for message in self.sent.values() if message.confirmed_at is not None and not message.ack_tried]
+    def waiting(self) -> list[str]:
+        """Confirmed, and not accounted for: those for whom they are have not even tried to acknowledge them."""
+        return [
+            f"{message.name!r} for {receiver or 'anybody'}, confirmed at {message.confirmed_at:.3f}: "
+            f"{message.copy(receiver).told()}, forwarded {message.forwards} times"
+            for message in self.sent.values()
+            if message.confirmed_at is not None
+            for receiver in message.receivers
+            if not message.copy(receiver).ack_tried
+        ]
 
     def settle(self) -> None:
         """All is well again, and everything that is left has been consumed."""
-        for message in self.waiting():
-            self.findings.add(
-                f"{message.name!r}, confirmed at {message.confirmed_at:.3f}, did not come to anybody: {self.told(message)}"
-            )
-
+        for text in self.waiting():
+            self.findings.add(f"lost: {text}")
         for moved in self.sent.values():
-            if moved.takes and not moved.deliveries:
+            if moved.takes and not moved.copy().deliveries:
                 taken = self.sent[moved.takes]
-                if len(taken.deliveries) == moved.seen_before and not self._moved_otherwise(moved):
+                if len(taken.copy().deliveries) == moved.seen_before and not self._moved_otherwise(moved):
                     self.findings.add(
-                        f"{taken.name!r} was acknowledged, and {moved.name!r} was not sent with it: {self.told(taken)}"
+                        f"{taken.name!r} was acknowledged, and {moved.name!r} was not sent with it: {taken.copy().told()}"
                     )
 
     def _moved_otherwise(self, moved: Sent) -> bool:
         """Whether another transaction, or an acknowledgement of its own, has taken the message."""
         taken = self.sent[moved.takes]
         others = [other for other in self.sent.values() if other.takes == taken.name and other is not moved]
-        return any(other.deliveries for other in others) or not taken.ack_tried.endswith("transaction")
-
-    @staticmethod
-    def told(message: Sent) -> str:
-        """What happened to a message, in short."""
-        history = ", ".join(
-            f"{place[0]} {at:.3f}{' again' if marked else ''}" for at, place, marked in message.deliveries
-        )
-        return f"deliveries [{history}], forwards {message.forwards}, acknowledged by {message.ack_tried or 'nobody'}"
+        return any(other.copy().deliveries for other in others) or not taken.copy().ack_tried.endswith("transaction")
 
 
 def name_of(body: bytes) -> str:

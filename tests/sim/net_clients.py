@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 QUEUES = ("/queue/one", "/queue/two")
 MOVED = "/queue/moved"
+TOPIC = "/topic/news"
+PATTERNS = (TOPIC, "/topic/*", "/topic/>")
+DURABLE = "mine"  # the name of each subscriber's subscription
 DEAD = "/queue/ActiveMQ.DLQ"
 OPTIONS = ConnectOptions(
     deadline=4.0,
@@ -112,11 +115,11 @@ class NetClient(ABC):
     async def rest(self) -> None:
         await trio.sleep(self.rng.expovariate(1 / self.sim.options.pause))
 
-    def new_message(self) -> tuple[str, bytes]:
+    def new_message(self, receivers: tuple[str, ...] = ("",)) -> tuple[str, bytes]:
         self.number += 1
         name = f"{self.name}-{self.number}"
         body = f"{name}|".encode() + self.rng.randbytes(self.rng.choice((0, 20, 200, 2000)))
-        self.sim.account.attempt(name, body)
+        self.sim.account.attempt(name, body, receivers)
         return name, body
 
     def confirmed(self, names: Sequence[str]) -> None:
@@ -133,17 +136,20 @@ class Sender(NetClient):
             await self.rest()
             choice = self.rng.random()
             with trio.move_on_after(self.rng.uniform(1.0, 6.0)):
-                if choice < 0.6:
-                    await self.send_one(client)
+                subscribers = tuple(self.sim.account.subscribers)
+                if choice < 0.2 and subscribers:
+                    await self.send_one(client, TOPIC, subscribers)
+                elif choice < 0.6:
+                    await self.send_one(client, self.rng.choice(QUEUES))
                 elif choice < 0.85:
                     await self.send_many(client)
                 else:
                     await self.send_together(client)
 
-    async def send_one(self, client: RemoteClient) -> None:
-        name, body = self.new_message()
+    async def send_one(self, client: RemoteClient, destination: str, receivers: tuple[str, ...] = ("",)) -> None:
+        name, body = self.new_message(receivers)
         try:
-            await client.send(self.rng.choice(QUEUES), body, priority=self.rng.choice((4, 4, 4, 0, 9)))
+            await client.send(destination, body, priority=self.rng.choice((4, 4, 4, 0, 9)))
         except (BrokerUnavailable, BrokerFull):
             self.sim.account.deny(name)
             raise
@@ -199,7 +205,7 @@ class Receiver(NetClient):
         async with client.transaction() as transaction:
             await transaction.ack(message)
             await transaction.send(MOVED, body)
-        self.sim.account.confirm_ack(message.body, where(client), trio.current_time())
+        self.sim.account.confirm_ack(message.body, self.name, where(client), trio.current_time())
         self.confirmed([name])
         self.sim.count("moves confirmed")
 
@@ -220,8 +226,8 @@ async def acknowledge(
         sim.count("acknowledgements of lost deliveries")
         return
     for message in messages:
-        sim.account.confirm_ack(message.body, where(client), trio.current_time())
-    sim.trace(f"{who} has acknowledged {', '.join(message.body[:8].hex() for message in messages)}")
+        sim.account.confirm_ack(message.body, who, where(client), trio.current_time())
+    sim.trace(f"{who} has acknowledged {[message.body[:8] for message in messages]}")
 
 
 class Drain(NetClient):
@@ -236,3 +242,18 @@ class Drain(NetClient):
             while True:
                 messages = await subscription.receive_batch(100)
                 await acknowledge(self.sim, client, self.name, subscription, messages)
+
+
+class Subscriber(NetClient):
+    """A durable subscriber of the topic at one set: acknowledges what comes, or is away for a while."""
+
+    async def work(self, client: RemoteClient) -> None:
+        pattern = PATTERNS[int(self.name[1:]) % len(PATTERNS)]
+        async with client.subscribe(pattern, ack="individual", prefetch=10, durable_name=DURABLE) as subscription:
+            while self.sim.calm or self.rng.random() > 0.05:
+                with trio.move_on_after(self.rng.uniform(0.5, 5.0)):
+                    messages = await subscription.receive_batch(10)
+                    if self.sim.calm or self.rng.random() < 0.9:
+                        await acknowledge(self.sim, client, self.name, subscription, messages)
+        if self.rng.random() < 0.3:
+            await trio.sleep(self.rng.uniform(0.0, 3.0))

@@ -15,6 +15,7 @@ import trio
 
 from pybroker.cluster.announcements import BOOT_BYTES, NUMBER_MAX, Announcement, encode
 from pybroker.cluster.discovery import parse_discovery
+from pybroker.config import DeliveryPolicy
 from tests.sim.faults import Faults
 from tests.sim.net_member import NetMember, url
 from tests.sim.net_set import DISCOVERY
@@ -215,12 +216,15 @@ def random_options(rng: random.Random) -> NetOptions:
     ring = chain | {frozenset((order[0], order[-1]))}
     star = frozenset(frozenset((order[0], other)) for other in order[1:])
     pairs = rng.choice((frozenset(), frozenset(), mesh(names), chain, ring, star))
+    subscribers = rng.choice((0, 0, 1, 3))
     return NetOptions(
         sizes={name: 3 if name in large else 1 for name in names},
         pairs=pairs,
         secret=rng.random() < 0.7,
         senders=rng.choice((1, 2, 3)),
         receivers=rng.choice((1, 2, 3, 4)),
+        subscribers=subscribers,
+        delivery=DeliveryPolicy(deliveries_max=0 if subscribers else 6),  # a dead letter does not say whose it was
         link_messages_max=rng.choice((2, 20, 2_000)),
         demand_backlog_max=rng.choice((5, 1_000)),
     )
@@ -239,7 +243,10 @@ def random_story(
         often = weights or moods(rng, faults.names())
         names = [name for name in faults.names() if often.get(name, 0) > 0]
         sim.start_all()
+        if sim.options.subscribers:
+            await sim.subscribe_all()
         sim.start_clients()
+        sim.calm = False
         await trio.sleep(rng.uniform(0.0, 2.0))
         async with trio.open_nursery() as nursery:
             with trio.move_on_after(seconds):

@@ -230,11 +230,11 @@ def _deliver(self: NativeConnection, consumer: Any, entry: Any) -> None:
 def _receive(self: Links, link: Link, namespace: str, sequence: int, message: Any) -> bool:
     """A forwarded message is taken."""
     life = _life()
+    passed = message.route.passed  # before the message is made one of this broker's
     new = _plain_receive(self, link, namespace, sequence, message)
     if not life.dead:
-        net, passed = life.member.net, message.route.passed
         life.sim.trace(f"{life.name} {'takes' if new else 'had'} {message.body[:8]!r} by {' '.join(passed)}")
-        net.account.forward(self.name, passed, message.body, new)
+        life.member.net.account.forward(self.name, passed, message.body, new)
     return new
 
 

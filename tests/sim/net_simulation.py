@@ -18,7 +18,7 @@ from pybroker.cluster.datagrams import Copies, Segment
 from pybroker.config import DeliveryPolicy, Limits, ReplicaSetConfig
 from pybroker.core.queue import LINK, Queue
 from tests.sim.net_account import NetAccount
-from tests.sim.net_clients import DEAD, MOVED, QUEUES, Drain, NetClient, Receiver, Sender, client_of
+from tests.sim.net_clients import DEAD, MOVED, QUEUES, TOPIC, Drain, NetClient, Receiver, Sender, Subscriber, client_of
 from tests.sim.net_member import NetMember, watched_network
 from tests.sim.net_set import NetSet
 from tests.sim.network import SimNetwork, Weather
@@ -28,6 +28,7 @@ HOPS_MAX = 16
 WHOLE = 60.0  # seconds from the end of all faults until all sets are whole
 CONVERGED = 15.0  # ... until what is sent anywhere comes to a consumer somewhere else
 DRAINED = 40.0  # seconds in which everything that is left has to come to one consumer per queue
+CALLS_MAX = 100  # tenths of seconds
 PROBE = "/queue/probe"
 
 Story = Callable[["NetSimulation"], Awaitable[None]]
@@ -40,6 +41,7 @@ class NetOptions:
     sizes   members of each set, by its name
     pairs   sets that are linked by addresses that were given; none: they find each other by announcements
     senders, receivers  clients of each kind
+    subscribers  durable ones of the topic
     """
 
     sizes: dict[str, int] = field(default_factory=lambda: {"a": 1, "b": 1})
@@ -47,6 +49,7 @@ class NetOptions:
     secret: bool = True
     senders: int = 2
     receivers: int = 2
+    subscribers: int = 0
     pause: float = 0.3  # seconds, mean, between two doings of a client
     link_messages_max: int = 20
     demand_backlog_max: int = 1_000
@@ -74,9 +77,11 @@ class NetSimulation(Run):
         self.network = SimNetwork(random.Random(f"{seed} network"), self.count)
         self.segment = Segment(self._fate)
         self.datagrams: list[bytes] = []  # that were sent, some of them
+        self.calm = True  # nothing fails before the first fault, or after the last
         self.bad_air = 0.0  # chance of a datagram that something happens to
         lease = ReplicaSetConfig(name="", zookeeper="").lease
         self.account = NetAccount(self.findings, self._later, lease, HOPS_MAX)
+        self.subscribers: list[Subscriber] = []
         self._client_scopes: list[trio.CancelScope] = []
         self.sets: dict[str, NetSet] = {}
         for name, size in self.options.sizes.items():
@@ -168,6 +173,29 @@ class NetSimulation(Run):
         for client in clients:
             self.run_client(client)
 
+    async def subscribe_all(self) -> None:
+        """Let all durable subscribers subscribe, and wait until each gets what is sent at any set: from then on it gets all."""
+        for number in range(self.options.subscribers):
+            home = self.rng.choice(list(self.sets.values()))
+            self.subscribers.append(Subscriber(self, f"d{number}", home.names))
+            self.run_client(self.subscribers[-1])
+        names = [each.name for each in self.subscribers]
+        self.account.subscribers = names
+        for each in self.sets.values():
+            heard: set[str] = set()
+            number = 0
+            async with client_of(self, f"caller {each.name}", each.names, self.rng) as client:
+                while len(heard) < len(names):
+                    number += 1
+                    if number > CALLS_MAX:
+                        self.findings.add(f"durable demand does not come to {each.name}: {heard} of {names}")
+                        return
+                    name, body = f"call{each.name}-{number}", f"call{each.name}-{number}|".encode()
+                    self.account.attempt(name, body, ())
+                    await client.send(TOPIC, body)
+                    await trio.sleep(0.1)
+                    heard |= {who for who, copy in self.account.sent[name].copies.items() if copy.deliveries}
+
     def run_client(self, client: NetClient) -> None:
         """Until `finish` ends all clients."""
 
@@ -181,6 +209,7 @@ class NetSimulation(Run):
     def heal(self) -> None:
         """End all faults."""
         self.trace("all is well")
+        self.calm = True
         self.bad_air = 0.0
         self.network.weather = Weather()
         self.network.chokes.clear()
@@ -248,7 +277,7 @@ class NetSimulation(Run):
                 self.account.confirm(name, trio.current_time())
         left = max(0.0, began + CONVERGED - trio.current_time())
         await self.until(
-            lambda: all(self.account.sent[name].acked_at is not None for name in names),
+            lambda: all(self.account.sent[name].copy().acked_at is not None for name in names),
             left,
             f"what was sent anywhere did not come to a consumer at {home.name} ({', '.join(names)})",
         )
@@ -261,12 +290,15 @@ class NetSimulation(Run):
         for queue in (*QUEUES, MOVED, DEAD):
             home = self.rng.choice(self.live_sets())
             self.run_client(Drain(self, f"drain{queue[7:]}", home.names, queue))
+        for subscriber in self.subscribers:
+            self.run_client(subscriber)
         with trio.move_on_after(DRAINED) as late:
             while self.account.waiting() or self.left():  # noqa: ASYNC110
                 await trio.sleep(0.05)
         if late.cancelled_caught:
-            waiting = [f"{message.name}: {self.account.told(message)}" for message in self.account.waiting()[:3]]
-            self.findings.add(f"there are consumers, and this does not come to them: {waiting}; {self.left()[:6]}")
+            self.findings.add(
+                f"there are consumers, and this does not come to them: {self.account.waiting()[:3]}; {self.left()[:6]}"
+            )
 
     def left(self) -> list[str]:
         """What is in the queues of those that serve."""

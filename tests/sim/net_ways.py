@@ -48,7 +48,9 @@ async def send(sim: NetSimulation, who: str, set_name: str, count: int) -> list[
 
 
 async def acknowledged(sim: NetSimulation, names: Sequence[str], seconds: float, otherwise: str) -> None:
-    await sim.until(lambda: all(sim.account.sent[name].acked_at is not None for name in names), seconds, otherwise)
+    await sim.until(
+        lambda: all(sim.account.sent[name].copy().acked_at is not None for name in names), seconds, otherwise
+    )
 
 
 def consume(sim: NetSimulation, who: str, set_name: str) -> Drain:
@@ -185,7 +187,7 @@ async def joining(sim: NetSimulation) -> None:
         sim.start_all()
         newcomer = consume(sim, "newcomer", "c")
         await sim.until(
-            lambda: any(message.ack_tried == newcomer.name for message in sim.account.sent.values()),
+            lambda: any(message.copy().ack_tried == newcomer.name for message in sim.account.sent.values()),
             SOON,
             "the consumer at the broker that joined gets nothing",
         )
@@ -213,7 +215,7 @@ async def removed(sim: NetSimulation) -> None:
         sim.sets["b"].absent = True
     consume(sim, "consumer", "c")
     await trio.sleep(5.0)
-    waiting = [name for name in names if sim.account.sent[name].acked_at is not None]
+    waiting = [name for name in names if sim.account.sent[name].copy().acked_at is not None]
     if waiting:
         sim.findings.add(f"{waiting} may be at b, and were given to somebody else")
     sim.account.removed.add("b")
@@ -224,7 +226,7 @@ async def removed(sim: NetSimulation) -> None:
         sim.findings.add(f"{count} messages were on their way, not {len(names)}")
     await acknowledged(sim, names, SOON, "what was on its way to the removed set is stuck")
     if not all(
-        marked for name in names for _, place, marked in sim.account.sent[name].deliveries if place[0][0] != "b"
+        marked for name in names for _, place, marked in sim.account.sent[name].copy().deliveries if place[0][0] != "b"
     ):
         sim.findings.add("what was on its way to the removed set is not marked as redelivered")
     await sim.finish()

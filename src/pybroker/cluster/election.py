@@ -236,8 +236,8 @@ def _propose_anew(
 
     By force, who stands but does not run is not there: an operator who forces a start says that it will not come back.
 
-    Only the best quorum counts then, as at the first start of a set; the others are learners. A copy that was wiped while nobody knew
-    what counts is there as well: if it counted, it and another one could elect a leader without what only the best copy has.
+    Only the best quorum counts then, as at the first start of a set; the others are learners. A copy that was wiped while nobody
+    knew what counts is there as well: if it counted, it and another one could elect a leader without what only the best has.
     """
     standing = [
         (name, slot, version)

@@ -10,6 +10,7 @@ Topics: each copy says which brokers it is for; on the way it is parted by the n
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pybroker.core.demand import hops
@@ -22,6 +23,7 @@ from pybroker.message import Message, Route
 if TYPE_CHECKING:
     from pybroker.core.links import Links, Peer
 
+ROUTES_REMEMBERED = 256
 STRANDED_MAX = 1_000  # messages of one queue that are set apart at the hop limit; from then on it forwards nothing more
 
 
@@ -34,6 +36,13 @@ def _choose(links: Links, queue: Queue, message: Message) -> Peer | None:
     routes = queue.routes
     assert routes is not None
     passed = _passed(message)
+    if len(routes) == 1 and not passed:  # as most are
+        for peer in routes:
+            if links.has_room(peer):
+                return peer
+            if peer.link is not None:
+                peer.blocked[queue] = None
+        return None
     there = [(peer, length, bool(passed) and origins.issubset(passed)) for peer, (length, origins) in routes.items()]
     back = bool(passed) and not queue.consumers and all(had_it for peer, _, had_it in there if peer.link is not None)
     found: Peer | None = None
@@ -52,7 +61,7 @@ def _choose(links: Links, queue: Queue, message: Message) -> Peer | None:
 
 def _copy(links: Links, message: Message, deliveries: int, targets: tuple[str, ...] = ()) -> Message:
     """A message as it goes onto a link."""
-    route = Route((*_passed(message), links.name), targets, deliveries, message.priority)
+    route = _extended(_passed(message), links.name, targets, deliveries, message.priority)
     return Message(
         message.destination,
         message.body,
@@ -64,6 +73,12 @@ def _copy(links: Links, message: Message, deliveries: int, targets: tuple[str, .
         message.timestamp,
         route,
     )
+
+
+@lru_cache(maxsize=ROUTES_REMEMBERED)
+def _extended(passed: tuple[str, ...], name: str, targets: tuple[str, ...], deliveries: int, priority: int) -> Route:
+    """The route of a message that was at `passed`, and now leaves the broker of that name: many take the same one."""
+    return Route((*passed, name), targets, deliveries, priority)
 
 
 def original(message: Message) -> Message:
@@ -177,6 +192,10 @@ def publish(links: Links, message: Message, origins: dict[str, Peer], targets: I
 def take(links: Links, message: Message) -> None:
     """Take a message that a peer forwarded. Raises InvalidDestination, InvalidMessage, LimitExceeded."""
     core = links.core
+    queue = core.by_destination.get(message.destination)
+    if queue is not None and (not message.expires or message.expires > core.now):
+        queue.accept(message)
+        return
     target = parse_destination(message.destination)
     if target.is_pattern:
         raise InvalidDestination(f"{message.destination} is a pattern: a message is sent to one name")

@@ -353,12 +353,17 @@ class Links:
         """Whether a queue may forward one more message to a peer."""
         if peer.link is None:
             return False
-        config = self.config
         if not peer.queues:
             return True
+        config = self.config
         queue = peer.queues[-1]
+        waiting = queue.count + queue.transient if len(peer.queues) == 1 else peer.waiting
+        if waiting >= config.link_messages_max or queue.size >= config.link_bytes_max:
+            return False
+        if not queue.transient:
+            return True
         size = queue.window.size + sum(consumer.size for consumer in queue.consumers)
-        return peer.waiting < config.link_messages_max and max(queue.size, size) < config.link_bytes_max
+        return size < config.link_bytes_max
 
     # ---- what becomes of what was sent
 

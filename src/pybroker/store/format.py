@@ -7,6 +7,7 @@ that a value under another's key is detected too. Integers in keys and values ar
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from struct import Struct
@@ -56,6 +57,7 @@ VERSION = 1  # of each value
 ROUTED_VERSION = 2  # of a message's that has a route, and of none else
 DIGEST_BYTES = 16  # of the SHA-256 of a producer's id or a peer's name, in their keys
 CHECKSUM_BYTES = 4
+ROUTES_REMEMBERED = 256
 RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
 
 _key8 = Struct(">BQ").pack
@@ -233,29 +235,33 @@ def _encode_routed(key: bytes, message: Message, route: Route) -> bytes:
     """As that of any other message, with the route between header block and body."""
     message_id = message.message_id
     destination = message.destination.encode()
-    names = _pack_texts((*route.passed, *route.targets))
-    return seal(
-        key,
-        b"".join(
-            (
-                _pack_message(
-                    ROUTED_VERSION,
-                    ROUTED | (DURABLE if message.durable else 0),
-                    message.timestamp,
-                    message.expires,
-                    len(message_id),
-                    len(destination),
-                    len(message.header_block),
-                ),
-                message_id,
-                destination,
-                message.header_block,
-                _ROUTE_HEAD.pack(len(names), route.deliveries, route.priority, len(route.passed), len(route.targets)),
-                names,
-                message.body,
-            )
-        ),
+    payload = b"".join(
+        (
+            _pack_message(
+                ROUTED_VERSION,
+                ROUTED | (DURABLE if message.durable else 0),
+                message.timestamp,
+                message.expires,
+                len(message_id),
+                len(destination),
+                len(message.header_block),
+            ),
+            message_id,
+            destination,
+            message.header_block,
+            _route_section(route),
+            message.body,
+        )
     )
+    return payload + _checksum(crc32(payload, crc32(key)))
+
+
+@lru_cache(maxsize=ROUTES_REMEMBERED)
+def _route_section(route: Route) -> bytes:
+    """A route's bytes: many messages take the same one."""
+    names = _pack_texts((*route.passed, *route.targets))
+    head = _ROUTE_HEAD.pack(len(names), route.deliveries, route.priority, len(route.passed), len(route.targets))
+    return head + names
 
 
 def _decode_routed(key: bytes, value: bytes, order: int) -> Message:
