@@ -40,8 +40,8 @@ async def join_when_told(discovery: str, others: int) -> None:
         network = {"discovery": discovery}
         async with pybroker.open_broker(name="joiner", listen=["pybroker://127.0.0.1:0"], network=network) as broker:
             with trio.fail_after(LINKED_MAX):
-                while sum(peer.state == "linked" for peer in broker.network_status().peers) < others:
-                    await trio.sleep(LOOK_INTERVAL)  # noqa: ASYNC110 (a broker tells nobody when it is linked)
+                while sum(peer.state == "linked" for peer in broker.network_status().peers) < others:  # noqa: ASYNC110
+                    await trio.sleep(LOOK_INTERVAL)
             print("linked", flush=True)
             await trio.to_thread.run_sync(sys.stdin.readline)
         print("left", flush=True)

@@ -51,7 +51,7 @@ class Mesh:
 
     async def wait_whole(self) -> None:
         """Wait until all are linked with each other."""
-        while not all(map(self.linked, self.brokers)):  # noqa: ASYNC110 (a broker tells nobody when it is linked)
+        while not all(map(self.linked, self.brokers)):  # noqa: ASYNC110
             await trio.sleep(LOOK_INTERVAL)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import trio
 
 from pybroker.cluster.announcer import Announcer
-from pybroker.cluster.naming import network_group, network_name
+from pybroker.cluster.naming import network_group
 from pybroker.cluster.native_urls import parse_native_url, parse_peer
 from pybroker.cluster.peers import PeerTable
 from pybroker.config import BrokerConfig
@@ -95,7 +95,7 @@ class BrokerNetwork:
         randomness: Randomness | None = None,
     ) -> None:
         assert config.network is not None
-        self.name = network_name(config)
+        self.name = config.network_name
         self.group = network_group(config.network)
         self._config = config
         self._network = config.network

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import trio
@@ -56,16 +57,6 @@ class LinkOwner(Protocol):
 
     def left(self, connection: LinkConnection) -> None:
         """The link is not up any more."""
-
-
-class _Inbound(NamedTuple):
-    """A message that waits to be taken."""
-
-    lane: int
-    namespace: str
-    tag: int
-    sequence: int
-    message: Message
 
 
 class _Taken(NamedTuple):
@@ -116,12 +107,13 @@ class LinkConnection:
         self._session = session
         self._interval = config.network.heartbeat_interval
         self._silence = config.network.heartbeat_timeout
+        self._body_max = config.stomp.body_bytes_max
         self._link: Link | None = None
         self._chunks: list[bytes] = []  # frames that can't wait, in order
         self._deliveries: deque[tuple[Lane, Entry]] = deque()  # encoded when they are written
         self._too_large: list[tuple[Lane, int, int]] = []  # lane, tag, bytes: of no use to this peer
         self._accepted: dict[int, list[tuple[int, int]]] = {}  # by lane, not said yet
-        self._inbox: deque[_Inbound] = deque()
+        self._inbox: deque[Forward] = deque()  # what waits to be taken
         self._pending = 0  # messages of the peer that it has no answer for
         self._pending_bytes = 0
         self._work = trio.Event()
@@ -287,20 +279,31 @@ class LinkConnection:
 
     def _receive(self, frame: Forward) -> None:
         own = self._session.own
-        for offset, (sequence, message) in enumerate(frame.messages):
-            if self._pending and (self._pending >= own.messages_max or self._pending_bytes >= own.bytes_max):
+        count = len(frame.messages)
+        size = sum([message.size for _, message in frame.messages])
+        if self._pending + count > own.messages_max or self._pending_bytes + size > own.bytes_max:
+            self._check_pending(frame)
+        self._pending += count
+        self._pending_bytes += size
+        self._inbox.append(frame)
+        self._arrived.set()
+
+    def _check_pending(self, frame: Forward) -> None:
+        """Raises LimitExceeded when more comes than this side takes; one message always may."""
+        own = self._session.own
+        count, size = self._pending, self._pending_bytes
+        for _, message in frame.messages:
+            if count and (count >= own.messages_max or size >= own.bytes_max):
                 limit, value = (
                     ("network.link_messages_max", own.messages_max)
-                    if self._pending >= own.messages_max
+                    if count >= own.messages_max
                     else ("network.link_bytes_max", own.bytes_max)
                 )
                 raise LimitExceeded(
                     limit, value, "more is on its way over a link than this broker has said that it takes"
                 )
-            self._pending += 1
-            self._pending_bytes += message.size
-            self._inbox.append(_Inbound(frame.lane, frame.namespace, frame.first_tag + offset, sequence, message))
-        self._arrived.set()
+            count += 1
+            size += message.size
 
     # ---- taking what is forwarded
 
@@ -335,31 +338,36 @@ class LinkConnection:
         size = 0
         full = None
         try:
-            for _ in range(min(count_max, len(inbox))):
-                each = inbox[0]
-                if crowded and core.full(each.message) is not None:
-                    full = each.message
-                    break
-                inbox.popleft()
-                if self._take_one(core, each):
-                    tags.append((each.lane, each.tag))
-                    size += each.message.size
+            while inbox and count_max > 0 and full is None:
+                frame = inbox.popleft()
+                tag = frame.first_tag
+                for sequence, message in frame.messages[:count_max]:
+                    if crowded and core.full(message) is not None:
+                        full = message
+                        break
+                    if self._take_one(core, frame, tag, sequence, message):
+                        tags.append((frame.lane, tag))
+                        size += message.size
+                    tag += 1
+                done = tag - frame.first_tag
+                count_max -= done
+                if done < len(frame.messages) and not self._ended:
+                    inbox.appendleft(frame._replace(first_tag=tag, messages=frame.messages[done:]))
             if tags:
                 core.confirm((self, _Taken(tags, size)))
         finally:
             engine.end_turn()
         return full
 
-    def _take_one(self, core: Core, each: _Inbound) -> bool:
+    def _take_one(self, core: Core, frame: Forward, tag: int, sequence: int, message: Message) -> bool:
         """Whether it is to be accepted once this turn is committed."""
         link = self._link
         assert link is not None
-        message = each.message
         try:
-            limit = self._config.stomp.body_bytes_max
-            if len(message.body) > limit:
-                raise LimitExceeded("stomp.body_bytes_max", limit, f"a body has {len(message.body)} bytes")
-            core.links.receive(link, each.namespace, each.sequence, message)
+            if len(message.body) > self._body_max:
+                what = f"a body has {len(message.body)} bytes"
+                raise LimitExceeded("stomp.body_bytes_max", self._body_max, what)
+            core.links.receive(link, frame.namespace, sequence, message)
         except SendInDoubt as error:
             if not self.in_doubt:
                 log.error("the link with %s: %s; it stays there, unanswered (told once a link)", self._who, error)
@@ -370,7 +378,7 @@ class LinkConnection:
                 "a message that %s forwards can't be taken, it will be a dead letter there: %s", self._who, error
             )
             self._answered(1, message.size)
-            self._say(self._session.rejected(each.lane, each.tag, error.code, str(error)))
+            self._say(self._session.rejected(frame.lane, tag, error.code, str(error)))
             return False
         return True
 
@@ -438,24 +446,27 @@ class LinkConnection:
         deliveries = self._deliveries
         assert self.peer is not None
         frame_max = self.peer.frame_bytes_max - FRAME_OVERHEAD
-        lane = deliveries[0][0]
-        first = deliveries[0][1].tag
+        size_max = min(frame_max, FORWARD_BYTES_MAX)
+        lane, entry = deliveries[0]
+        first = tag = entry.tag
         rows: list[bytes] = []
         size = 0
-        while deliveries and len(rows) < FORWARD_MESSAGES_MAX:
-            other, entry = deliveries[0]
-            if other is not lane or entry.tag != first + len(rows):
+        for other, entry in islice(deliveries, FORWARD_MESSAGES_MAX):
+            if other is not lane or entry.tag != tag:
                 break
             row = pack_forwarded(entry.order & SEQUENCE_MASK, entry.message)
-            if len(row) > frame_max and not rows:
-                deliveries.popleft()
-                self._too_large.append((lane, entry.tag, len(row)))
-                return b""
             size += len(row)
-            if rows and size > min(frame_max, FORWARD_BYTES_MAX):
-                break
-            deliveries.popleft()
+            if size > size_max:
+                if rows:
+                    break
+                if size > frame_max:
+                    deliveries.popleft()
+                    self._too_large.append((lane, tag, size))
+                    return b""
             rows.append(row)
+            tag += 1
+        for _ in rows:
+            deliveries.popleft()
         if deliveries:
             self._work.set()
         return self._session.forward(lane.number, lane.namespace, first, rows)

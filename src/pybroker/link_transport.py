@@ -27,6 +27,11 @@ def make_dial(config: NetworkConfig) -> Dial:
         address = parse_native_url(url)
         if address.tls and context is None:
             raise ConnectionError(f"{url} can't be dialled without network.certificate, key and peer_ca")
+        if context is not None and not address.tls and address.beyond_loopback and "plaintext" not in config.allow:
+            raise ConnectionError(
+                f"{url} is not dialled, as links of this broker have certificates: give the peer a pybroker+ssl listener, or ask "
+                'for it by name with network.allow = ["plaintext"]'
+            )
         transport = await trio.open_tcp_stream(address.host, address.port)
         if not address.tls or context is None:
             return transport

@@ -182,6 +182,10 @@ class LocalClient(Client):
         limit = engine.config.stomp.body_bytes_max
         if len(message.body) > limit:  # no smaller than what comes over the wire: a batch has a largest size
             raise LimitExceeded("stomp.body_bytes_max", limit, f"the body has {len(message.body)} bytes")
+        limit = engine.config.stomp.header_block_bytes_max
+        if len(message.header_block) > limit:  # or it could not be delivered over the wire
+            what = f"the headers have {len(message.header_block)} bytes"
+            raise LimitExceeded("stomp.header_block_bytes_max", limit, what)
         await self._wait_batch()
         if engine.core.full(message) is not None:
             await engine.wait_room(message)

@@ -13,7 +13,7 @@ from pybroker.broker_network import BrokerNetwork, Randomness
 from pybroker.cluster.announcer import Announcer, listen_for_peers
 from pybroker.cluster.datagrams import Open
 from pybroker.cluster.multicast import Multicast
-from pybroker.cluster.naming import network_discovery, network_group, network_name
+from pybroker.cluster.naming import network_discovery, network_group
 from pybroker.cluster.native_urls import SCHEMES
 from pybroker.cluster.peers import PeerTable
 from pybroker.config import BrokerConfig
@@ -58,7 +58,7 @@ class Membership:
             self._discovery = network_discovery(network)
             if self._discovery is not None:
                 self.peers = PeerTable(
-                    network.peer_timeout_intervals * network.announce_interval, network.peers_max, network_name(config)
+                    network.peer_timeout_intervals * network.announce_interval, network.peers_max, config.network_name
                 )
 
     async def listen(self) -> None:
@@ -109,7 +109,7 @@ class Membership:
         try:
             announcer = Announcer(
                 self._discovery,
-                name=network_name(self._config),
+                name=self._config.network_name,
                 node=self._config.name,
                 epoch=epoch,
                 urls=urls,
@@ -138,7 +138,7 @@ class Membership:
         """The network at this moment."""
         network = self._config.network
         seen = self._running.status() if self._running is not None else {}
-        name, group = (network_name(self._config), network_group(network)) if network is not None else ("", "")
+        name, group = (self._config.network_name, network_group(network)) if network is not None else ("", "")
         return network_status(engine.core.links, name, group, seen)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pybroker.cluster.announcements import DATAGRAM_BYTES_MAX, TOO_LONG, longest
 from pybroker.cluster.discovery import GROUP, NAME_LENGTH_MAX, Discovery, is_name
-from pybroker.cluster.naming import network_discovery, network_group, network_name
+from pybroker.cluster.naming import network_discovery, network_group
 from pybroker.cluster.native_urls import (
     ADDRESSES_MAX,
     PLAIN,
@@ -80,7 +80,7 @@ def _name_faults(config: BrokerConfig, chosen: NetworkConfig) -> Iterator[str]:
         yield f"network.name: {expected}, got {chosen.name[:80]!r}"
     if not is_name(chosen.group):
         yield f"network.group: {expected}, got {chosen.group[:80]!r}"
-    if network_name(config) == BrokerConfig().name:
+    if config.network_name == BrokerConfig().name:
         yield (
             f"network.name: expected a name that no other broker of the network has, and {BrokerConfig().name!r} is the name "
             "of every broker that was given none: give this field, or the broker's name"
@@ -165,7 +165,7 @@ def _announcement_faults(
             f"{path}: expected an address that other machines reach where network.discovery goes to them, got only loopback "
             "ones: listen elsewhere too, or add interface=127.0.0.1 to network.discovery"
         )
-    names = (network_name(config), config.name, network_group(chosen))
+    names = (config.network_name, config.name, network_group(chosen))
     if all(map(is_name, names)):
         name, node, group = names
         size = longest(name, node, urls, group)

@@ -72,6 +72,7 @@ AT_MOST: dict[str, float] = {
     "delivery.deliveries_max": 2**31 - 1,
     "stomp.heartbeat_min_ms": 86_400_000,
     "replica_set.session_timeout": 86_400,
+    "network.hops_max": 1_000,
 }
 ORDERED = (  # the first must not be greater than the second
     ("limits.prefetch_default", "limits.prefetch_max"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybroker.cluster.discovery import Discovery, parse_discovery
-from pybroker.cluster.naming import network_group, network_name
+from pybroker.cluster.naming import network_group
 from pybroker.cluster.native_urls import NativeAddress, is_every_interface, is_loopback, parse_native_url, parse_peer
 from pybroker.config import BrokerConfig, NetworkConfig, ReplicaSetConfig
 from pybroker.errors import ConfigurationError
@@ -186,9 +186,9 @@ def test_hosts():
 
 def test_the_name_and_the_group_of_a_broker():
     replicas = ReplicaSetConfig(name="ward", zookeeper="zoo")
-    assert network_name(BrokerConfig(name="a", network=NetworkConfig())) == "a"
-    assert network_name(BrokerConfig(name="a", network=NetworkConfig(), replica_set=replicas)) == "ward"
-    assert network_name(BrokerConfig(name="a", network=NetworkConfig(name="x"), replica_set=replicas)) == "x"
+    assert BrokerConfig(name="a", network=NetworkConfig()).network_name == "a"
+    assert BrokerConfig(name="a", network=NetworkConfig(), replica_set=replicas).network_name == "ward"
+    assert BrokerConfig(name="a", network=NetworkConfig(name="x"), replica_set=replicas).network_name == "x"
     assert network_group(NetworkConfig()) == "default"
     assert network_group(NetworkConfig(group="x")) == "x"
     assert network_group(NetworkConfig(discovery="multicast://default?group=y")) == "y"

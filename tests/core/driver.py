@@ -215,7 +215,10 @@ class Driver:
                     effect.consumer.holding -= 1
                     self.observer.shown(effect.consumer, effect)
             elif kind is tuple:
-                self.observer.confirmed(effect[1])
+                if effect[0] is self.core.links:
+                    self.core.links.confirm(effect[1])
+                else:
+                    self.observer.confirmed(effect[1])
             else:
                 self.reads.append(Read(effect))
 

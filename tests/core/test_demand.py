@@ -355,6 +355,24 @@ def test_one_peer_can_not_tell_more_than_the_limit(monkeypatch: pytest.MonkeyPat
     assert table.best(Key("/queue/1", False, "b")) is None
 
 
+def test_what_is_not_written_down_is_told_when_it_is() -> None:
+    table = DemandTable("a", 16)
+    held, other = Key("/topic/t", True, "c"), Key("/topic/u", True, "c")
+    for peer in "bc":
+        table.up(peer)
+    table.hear("c", True, [(*held, ("c",)), (*other, ("c",))], ())
+    table.hold([held])
+    table.hold([held])
+    assert table.news("b") == (True, [(*other, ("a", "c"))], [])
+    for _ in range(2):
+        assert not table.has_news("b")
+        assert table.news("b") is None
+        table.written([held])
+    assert table.has_news("b")
+    assert table.news("b") == (False, [(*held, ("a", "c"))], [])
+    assert not table.has_news("b")
+
+
 def test_a_peer_that_is_taken_out_is_forgotten_whole() -> None:
     tables = linked("a", "b")
     tables["b"].set_own("/topic/t", True, True)

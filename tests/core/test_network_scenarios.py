@@ -208,6 +208,31 @@ def test_a_durable_subscription_collects_while_its_broker_can_not_be_reached() -
     assert seen(sends) == {"c": 5}
 
 
+def test_a_durable_demand_that_a_broker_may_forget_in_a_crash_is_not_told_on() -> None:
+    """Else b, which has forgotten the way to c, would drop what a sends because of what b has said."""
+    world = network("abc")
+    a, b, c = world.brokers.values()
+    world.join(c, "/topic/t", durable_name="sub", prefetch=10)
+    c.commit()
+    world.say_news()
+    world.deliver(c.ends["b"])
+    world.say_news()
+    assert not b.ends["a"].out
+    b.commit()
+    world.say_news()
+    world.deliver(b.ends["a"])
+    sends = send(world, "a", 1, "/topic/t")
+    a.commit()
+    world.stop(b, clean=False)
+    for end in world.dead_ends():
+        world.notice(end)
+    world.dial(("a", "b"))
+    world.rest()
+    assert b.core.links.dropped == 0
+    finish(world)
+    assert seen(sends) == {"c": 1}
+
+
 # ---- limits
 
 

@@ -1,7 +1,10 @@
-"""Carries messages from one broker to another, as a process outside: ``python -m tests.network_real.carry FROM TO COUNT [CERTIFICATE,KEY,CA]``.
+"""Small programs outside, each a process: ``python -m tests.network_real.carry NAME ARGUMENT...``. All URLs are native ones.
 
-Consumes at TO, sends COUNT messages to FROM (native URLs both; PEM files for TLS), and ends with 0 when each has come once,
-unchanged and in order.
+``carry FROM TO COUNT [CERTIFICATE,KEY,CA]``  consumes at TO what it sends to FROM: each message once, unchanged and in order
+``strand FROM TO COUNT``  subscribes at TO, and sends to FROM when it is told to by a line; it acknowledges nothing, and stays
+``drain AT COUNT``  consumes so many messages, in order, each marked as redelivered
+
+They end with 0 when it is so.
 """
 
 from __future__ import annotations
@@ -11,26 +14,53 @@ import sys
 import trio
 
 import pybroker
+from pybroker.client import Client
 
 Q = "/queue/carried"
 TIMEOUT = 20.0  # seconds
 
 
-async def carry(source: str, target: str, count: int, files: list[str]) -> None:
-    tls = dict(zip(("certificate", "key", "ca"), files, strict=False))
-    bodies = [b"%d" % number for number in range(count)]
+def bodies(count: str) -> list[bytes]:
+    return [b"%d" % number for number in range(int(count))]
+
+
+async def send(client: Client, count: str) -> None:
+    for body in bodies(count):
+        await client.send(Q, body)
+
+
+async def take(client: Client, count: str, *, redelivered: bool) -> None:
+    async with client.subscribe(Q) as messages:
+        for body in bodies(count):
+            message = await messages.receive()
+            assert (message.body, message.redelivered) == (body, redelivered), message
+            await message.ack()
+
+
+async def carry(source: str, target: str, count: str, files: str = "") -> None:
+    tls = dict(zip(("certificate", "key", "ca"), filter(None, files.split(",")), strict=False))
+    async with pybroker.connect(source, **tls) as sender, pybroker.connect(target, **tls) as receiver:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, sender, count)
+            await take(receiver, count, redelivered=False)
+
+
+async def strand(source: str, target: str, count: str) -> None:
+    async with pybroker.connect(source) as sender, pybroker.connect(target) as receiver, receiver.subscribe(Q):
+        await trio.to_thread.run_sync(sys.stdin.readline)
+        await send(sender, count)
+        await trio.sleep_forever()
+
+
+async def drain(url: str, count: str) -> None:
+    async with pybroker.connect(url) as receiver:
+        await take(receiver, count, redelivered=True)
+
+
+async def main(name: str, *arguments: str) -> None:
     with trio.fail_after(TIMEOUT):
-        async with pybroker.connect(source, **tls) as sender, pybroker.connect(target, **tls) as receiver:
-            async with receiver.subscribe(Q) as messages:
-                for body in bodies:
-                    await sender.send(Q, body)
-                found = []
-                while len(found) < count:
-                    message = await messages.receive()
-                    found.append(message.body)
-                    await message.ack()
-            assert found == bodies, found
+        await {"carry": carry, "strand": strand, "drain": drain}[name](*arguments)
 
 
 if __name__ == "__main__":
-    trio.run(carry, sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4].split(",") if len(sys.argv) > 4 else [])
+    trio.run(main, *sys.argv[1:])

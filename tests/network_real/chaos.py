@@ -46,11 +46,15 @@ class Chaos:
                     self._trial.hold(self._rng.uniform(0.0, 0.5))
                     self._begin(stack)
                 self._trial.hold(self._rng.uniform(*HOLD) ** 2 / HOLD[1])  # many short ones, some long ones
+            since = time.monotonic()
             self._trial.wait_confirming(count=20)
+            text = f"all serve within {time.monotonic() - since:.1f} s"
             if self._rng.random() >= HURRY:
                 for site in self._sets.names:
                     self._sets.master(site)
                 self._sets.wait_joined()
+                text += f", are joined within {time.monotonic() - since:.1f} s"
+            print(f"  {text}", flush=True)
 
     def _begin(self, stack: ExitStack) -> None:
         fault = self._rng.choice(self._faults)

@@ -35,9 +35,9 @@ def host_of(sets: Sets, site: str) -> str:
 
 
 def test_masters_are_killed(tmp_path: Path, begin: Begin):
-    """Of either set, of both at once, and a whole set."""
+    """Of one set, of both at once, and a whole set."""
     with begin(tmp_path) as running:
-        for sites in (["north"], ["south"], ["north", "south"]):
+        for sites in (["south"], ["north", "south"]):
             masters = {site: running.sets.master(site) for site in sites}
             running.wait_confirming()
             began = time.monotonic()
@@ -92,11 +92,11 @@ def test_masters_are_stopped_and_cut(tmp_path: Path, begin: Begin):
 
 
 def test_the_way_between_two_sets_is_cut(tmp_path: Path, begin: Begin):
-    """Both ways, and one way at a time, in silence; both sets serve on, and what is in doubt waits for the way to come back."""
+    """Both ways, and one way only, in silence; both sets serve on, and what is in doubt waits for the way to come back."""
     with begin(tmp_path) as running:
         sets, network = running.sets, running.network
         north, south = sets.hosts("north"), sets.hosts("south")
-        for ways in ([(north, south), (south, north)], [(north, south)], [(south, north)]):
+        for ways in ([(north, south), (south, north)], [(north, south)]):
             roles = {site: sets.master(site).roles for site in ("north", "south")}
             for senders, receivers in ways:
                 for sender in senders:

@@ -43,7 +43,9 @@ class Trial:
               third one messages go round a link that is cut while others wait for it
     """
 
-    def __init__(self, directory: Path, network: Namespaces, zookeeper: str, *, ordered: bool, seed: int | None) -> None:
+    def __init__(
+        self, directory: Path, network: Namespaces, zookeeper: str, *, ordered: bool, seed: int | None
+    ) -> None:
         self.seed = random.randrange(1 << 32) if seed is None else seed
         self.sets = Sets(directory, network, zookeeper)
         self.network = network
@@ -72,7 +74,13 @@ class Trial:
         return self.native("Consumer", name, site, destinations=destinations, **more)
 
     def stomp(self, name: str, site: str, *destinations: str, **more: Any) -> Spec:
-        spec = {"role": "Consumer", "name": name, "destinations": destinations, "ack": "client-individual", "prefetch": 100}
+        spec = {
+            "role": "Consumer",
+            "name": name,
+            "destinations": destinations,
+            "ack": "client-individual",
+            "prefetch": 100,
+        }
         return spec | {"seed": self.seed, "first": 0, "pause": 0.0, "addresses": self.sets.stomp_addresses(site)} | more
 
     def launch(self, process: str, module: str, *specs: Spec) -> None:
@@ -168,7 +176,8 @@ class Trial:
         names = names or ("p-pulse", "p-two", "p-found")
         wanted = {name: self._count(name) + count for name in names}
         self.wait(
-            f"{count} more sends of {names} are confirmed", lambda: all(self._count(name) >= wanted[name] for name in names)
+            f"{count} more sends of {names} are confirmed",
+            lambda: all(self._count(name) >= wanted[name] for name in names),
         )
 
     def wait_received(self, site: str, peer: str, count: int = 20) -> None:
@@ -233,7 +242,10 @@ class Trial:
         errors = sum((Counter(ledger["errors"]) for ledger in ledgers), Counter())
         print(account, *(f"{count} times: {text}" for text, count in errors.items()), sep="\n  ")
         for site, view in views.items():
-            print(f"  {site}:", *(f"from {name} {peer['received']}, repeats {peer['repeats']};" for name, peer in view.items()))
+            print(
+                f"  {site}:",
+                *(f"from {name} {peer['received']}, repeats {peer['repeats']};" for name, peer in view.items()),
+            )
         assert not account.faults, f"seed {self.seed}\n{account}\n{self.sets.told()}"
         for what in ("confirmed", "acknowledged", "transactions"):
             assert account.counts[what] > 0, f"nothing {what}: the trial shows nothing"

@@ -100,7 +100,12 @@ class NetClient(ABC):
             try:
                 async with client_of(self.sim, self.name, self.members, self.rng) as client:
                     self.sim.count("clients connected")
-                    await self.work(client)
+                    try:
+                        await self.work(client)
+                    finally:
+                        found = client.statistics()
+                        self.sim.counts["sends repeated by clients"] += found.repeated
+                        self.sim.counts["connections made again"] += found.connections - 1
             except* BrokerError as group:
                 error: BaseException = group
                 while isinstance(error, BaseExceptionGroup):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,9 @@ from pybroker.link_connection import LinkConnection
 from pybroker.link_dialling import Dialler
 from tests.sim import net_ways
 from tests.sim.checkers import Violation
+from tests.sim.net_clients import Sender
 from tests.sim.net_faults import random_story
-from tests.sim.net_simulation import NetOptions, NetSimulation, Story
+from tests.sim.net_simulation import NetOptions, NetSimulation, Story, linked
 
 Broken = Callable[[], AbstractContextManager[Any]]
 
@@ -105,6 +107,20 @@ def careless() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def repeating() -> Iterator[None]:
+    """What a client sends again is stored again."""
+    with mock.patch.object(Producers, "is_new", lambda self, producer_id, sequence, repeated=False: True):
+        yield
+
+
+@contextmanager
+def unsaved() -> Iterator[None]:
+    """Durable demand of others is not stored: who takes over knows nothing of it until it is linked."""
+    with mock.patch.object(Links, "_save", lambda self, peer: None):
+        yield
+
+
 @dataclass(frozen=True)
 class Plant:
     """A bug, and where it is looked for: a named story, or random ones with these faults. `seeds`: within so many it is found."""
@@ -157,6 +173,23 @@ async def _moved_leader(sim: NetSimulation) -> None:
     await sim.finish()
 
 
+async def _cut_and_killed(sim: NetSimulation) -> None:
+    """While nobody reaches the subscriber's set, the one that sends to it gets another leader."""
+    await net_ways.started(sim)
+    await sim.subscribe_all()
+    sim.calm = False
+    home = sim.subscribers[0].members[0][0]
+    other = "b" if home == "a" else "a"
+    for one, two in product(sim.sets[home].names, sim.sets[other].names):
+        sim.network.cut_both(one, two)
+    member = await sim.serving(other)
+    member.kill()
+    sender = Sender(sim, "s0", sim.sets[other].names)
+    sim.run_client(sender)
+    await trio.sleep(5.0)
+    await sim.finish()
+
+
 FOLLOWING = NetOptions(sizes={"a": 1, "b": 3}, senders=0, receivers=0)
 
 PLANTS = [
@@ -164,5 +197,12 @@ PLANTS = [
     Plant(early, net_ways.FAILOVER, way=_slow_and_killed),
     Plant(careless, NetOptions(), weights={"link_reset": 3.0, "link_cut": 2.0}),
     Plant(faithful, FOLLOWING, way=_moved_leader, seeds=3),
+    Plant(
+        repeating,
+        NetOptions(sizes={"a": 3}, pause=0.1),
+        weights={"client_reset": 4.0, "hand_over": 1.0, "kill": 1.0},
+        seeds=20,
+    ),
+    Plant(unsaved, NetOptions(sizes={"a": 3, "b": 3}, pairs=linked("ab"), subscribers=1), way=_cut_and_killed, seeds=3),
     Plant(stuck, net_ways.STUCK, way=net_ways.stuck, seeds=1),
 ]

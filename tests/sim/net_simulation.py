@@ -177,7 +177,7 @@ class NetSimulation(Run):
         """Let all durable subscribers subscribe, and wait until each gets what is sent at any set: from then on it gets all."""
         for number in range(self.options.subscribers):
             home = self.rng.choice(list(self.sets.values()))
-            self.subscribers.append(Subscriber(self, f"d{number}", home.names))
+            self.subscribers.append(Subscriber(self, f"u{number}", home.names))
             self.run_client(self.subscribers[-1])
         names = [each.name for each in self.subscribers]
         self.account.subscribers = names

@@ -231,10 +231,7 @@ class SimNetwork:
         await trio.sleep_until(self.arrival())
         address = self.detours.get((dialler, address), address)
         if self.weather.misroute and self.rng.random() < self.weather.misroute:
-            service = address.partition("/")[2]
-            servers = sorted(each for each in self._servers if each.partition("/")[2] == service)
-            address = self.rng.choice(servers or [address])
-            self.count("dials misrouted")
+            address = self._astray(dialler, address)
         there = host(address)
         while (dialler, there) in self.cuts or (there, dialler) in self.cuts or there in self._dark:
             await self._changed.wait()
@@ -259,6 +256,15 @@ class SimNetwork:
             mine.close()
             raise
         return mine
+
+    def _astray(self, dialler: str, address: str) -> str:
+        """Another process with that service. Clients of a service are spared: it is their own affair whom they trust."""
+        service = address.partition("/")[2]
+        servers = sorted(each for each in self._servers if each.partition("/")[2] == service)
+        if not servers or (service and dialler not in map(host, self._servers)):
+            return address
+        self.count("dials misrouted")
+        return self.rng.choice(servers)
 
     def _connect(self, dialler: str, address: str) -> Connection:
         process, nursery, handler = self._servers[address]

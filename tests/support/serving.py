@@ -89,6 +89,11 @@ class ServedBroker:
 
     def start(self) -> ServedBroker:
         """Start the process, and return when it listens on everything it was asked to."""
+        self.launch()
+        return self.wait_listening()
+
+    def launch(self) -> None:
+        """Start the process, without waiting for anything."""
         command: list[str] = [*self.prefix, sys.executable, "-m", "pybroker", "serve"]
         command += map(str, self.arguments)
         if self.data_dir is not None:
@@ -97,6 +102,9 @@ class ServedBroker:
             command += ["--listen", url]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log)
         self.output.clear()
+
+    def wait_listening(self) -> ServedBroker:
+        """Return when a process that was launched listens."""
         urls: list[str] = []
         deadline = time.monotonic() + START_TIMEOUT
         while len(urls) < max(len(self.listen), 1):

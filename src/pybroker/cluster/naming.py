@@ -1,4 +1,4 @@
-"""Under which name and in which group a broker is in its network, where fields leave that to others. Pure.
+"""In which group a broker is in its network, and where it announces itself, where fields leave that to others. Pure.
 
 `NetworkConfig` says which fields these are; that they fit each other is checked by `pybroker.network_settings`.
 """
@@ -6,12 +6,7 @@
 from __future__ import annotations
 
 from pybroker.cluster.discovery import GROUP, Discovery, parse_discovery
-from pybroker.config import BrokerConfig, NetworkConfig
-
-
-def network_name(config: BrokerConfig) -> str:
-    """The name in the network: ``network.name``, or else the set's, or else the broker's own."""
-    return config.network_name
+from pybroker.config import NetworkConfig
 
 
 def network_group(network: NetworkConfig) -> str:

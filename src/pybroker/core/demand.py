@@ -9,10 +9,14 @@ messages that change their way may overtake each other.
 A durable demand whose way is cut is told on as well: what is sent meanwhile waits at the cut. A broker that can't reach the
 next one on a path stands there twice. So everybody ranks ways alike, those that are whole before those that are cut, and a way
 that is made longer never gets better: else two brokers could change their minds because of each other without end.
+
+Durable demand is told on when it is written down here: before that, what is sent because of it could find a broker that has
+forgotten the way in a crash.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, KeysView
 from itertools import pairwise
 from typing import NamedTuple
@@ -50,6 +54,7 @@ class DemandTable:
         self._heard: dict[str, dict[Key, None]] = {}  # by peer, also of peers that can't be reached now
         self._best: dict[Key, tuple[str, Path]] = {}  # the peer of the best path, and the path
         self._up: dict[str, dict[Key, Path]] = {}  # peers that can be reached: what they were told
+        self._unwritten: Counter[Key] = Counter()  # not to be told yet
         self._unsaid: dict[str, dict[Key, None] | None] = {}  # keys to look at for a peer; None = all
 
     # ---- what is known
@@ -181,26 +186,42 @@ class DemandTable:
             if unsaid is not None:
                 unsaid[key] = None
 
+    def hold(self, keys: Iterable[Key]) -> None:
+        """Tell nobody of these until `written` is called."""
+        self._unwritten.update(keys)
+
+    def written(self, keys: Iterable[Key]) -> None:
+        """These are as safe as they have to be."""
+        self._unwritten.subtract(keys)
+        self._unwritten = +self._unwritten
+
     def has_news(self, peer: str) -> bool:
         """Whether `news` may have something for a peer."""
         unsaid = self._unsaid.get(peer, {})
-        return unsaid is None or bool(unsaid)
+        return unsaid is None or not unsaid.keys() <= self._unwritten.keys()
 
     def news(self, peer: str) -> News | None:
         """What a peer has to be told since it was told last; the first time everything. None when there is nothing."""
         told = self._up[peer]
         unsaid = self._unsaid[peer]
-        self._unsaid[peer] = {}
+        later = self._unsaid[peer] = {}
         if unsaid is None:
             told.clear()
             for key in [*self._own, *self._best]:
                 path = self._way(key, peer)
-                if path is not None:
+                if path is None:
+                    continue
+                if key in self._unwritten:
+                    later[key] = None
+                else:
                     told[key] = path
             return True, [(*key, path) for key, path in told.items()], []
         adds: list[Added] = []
         drops: list[Dropped] = []
         for key in unsaid:
+            if key in self._unwritten:
+                later[key] = None
+                continue
             path = self._way(key, peer)
             if path is None:
                 if told.pop(key, None) is not None:

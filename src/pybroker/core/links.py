@@ -225,7 +225,22 @@ class Links:
         durable_now = {key for key in self.demand.heard(link.peer.name) if key.durable}
         if durable_before != durable_now or any(key.durable for key in touched):
             self._save(link.peer)
+        if fresh := [key for key in durable_now if key not in durable_before]:
+            self.demand.hold(fresh)
+            self.core.held.append((self, fresh))
         self._reroute(touched)
+
+    # A sink of its own: what is confirmed to it is durable demand that is written down, and may be told on.
+
+    touched = False
+
+    def confirm(self, keys: list[Key]) -> None:
+        self.demand.written(keys)
+        self._note()
+
+    def flush(self) -> None:
+        for link in self.changed:
+            link.sink.flush()
 
     def news(self, link: Link) -> News | None:
         """What the peer has to be told since the last time; the first time everything."""

@@ -256,16 +256,22 @@ def _demand(fields: tuple[Any, ...], _: HeaderBlocks) -> Demand:
     return Demand(_truth(whole, "whole"), added, dropped)
 
 
+def _route(passed: Any, targets: Any, deliveries: int, priority: int) -> Route:
+    passed = names_of(passed, "the brokers that a message has passed", PATH_MAX)
+    if not passed:
+        raise ProtocolError("a message that is forwarded has passed its sender at least")
+    return Route(passed, names_of(targets, "the brokers that a message is for", TARGETS_MAX), deliveries, priority)
+
+
 def _forward(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Forward:
     lane, namespace, first_tag, rows = _fields(fields, "FORWARD", 4)
-    check = blocks.check
-    passed: tuple[str, ...] = ()  # of the message before, as a rule the same: checked once
-    targets: tuple[str, ...] = ()
-    found = []
+    known = blocks.known
+    route = Route()  # of the message before, as a rule the same: checked, and made, once
+    found: list[tuple[int, Message]] = []
     for row in array(rows, "messages"):
         if row.__class__ is not tuple or len(row) != 11:
             raise ProtocolError("a message that is forwarded must be an array of 11")
-        sequence, destination, body, block, flags, expires, message_id, timestamp, deliveries, *names = row
+        sequence, destination, body, block, flags, expires, message_id, timestamp, deliveries, passed, targets = row
         if not (
             sequence.__class__ is timestamp.__class__ is deliveries.__class__ is int
             and 0 <= sequence <= NUMBER_MAX
@@ -275,15 +281,18 @@ def _forward(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Forward:
             raise ProtocolError("a message's sequence, timestamp and deliveries must be whole numbers from 0 on")
         if message_id.__class__ is not bytes or len(message_id) > TEXT_MAX:
             raise ProtocolError(f"a message id must be at most {TEXT_MAX} bytes")
-        if names[0] != passed or not passed:
-            passed = names_of(names[0], "the brokers that a message has passed", PATH_MAX)
-            if not passed:
-                raise ProtocolError("a message that is forwarded has passed its sender at least")
-        if names[1] != targets or names[1].__class__ is not tuple:
-            targets = names_of(names[1], "the brokers that a message is for", TARGETS_MAX)
         _, body, durable, priority, expires = message_fields(destination, body, flags, expires)
-        route = Route(passed, targets, deliveries, priority)
-        message = Message(destination, body, check(block), durable, priority, expires, message_id, timestamp, route)
+        if block.__class__ is not bytes or block not in known:
+            block = blocks.check(block)
+        if (
+            passed != route.passed
+            or targets != route.targets
+            or deliveries != route.deliveries
+            or priority != route.priority
+            or not found
+        ):
+            route = _route(passed, targets, deliveries, priority)
+        message = Message(destination, body, block, durable, priority, expires, message_id, timestamp, route)
         found.append((sequence, message))
     if not found:
         raise ProtocolError("a FORWARD must have at least one message")
