@@ -116,7 +116,7 @@ def test_a_dataclass_is_taken_whole_and_checked():
             {"peer_timeout_intervals": 1},
             "network.peer_timeout_intervals: expected at least 2, or one lost datagram ends a peer",
         ),
-        ({"hops_max": 0}, "network.hops_max: expected a whole number above 0, got 0"),
+        ({"hops_max": 0}, "network.hops_max: expected a whole number above 0 and at most 1000, got 0"),
         ({"discover": LOOPBACK}, "network.discover: no field has this name; did you mean network.discovery?"),
         ({"limits": {}}, "network.limits: no field has this name; did you mean limits?"),
     ],

@@ -152,20 +152,6 @@ def test_the_table_is_bounded_and_those_in_it_stay(table: PeerTable, clock: Cloc
     assert len(table._left) == 3
 
 
-def test_what_a_link_tells(table: PeerTable, clock: Clock):
-    assert table.heard("ward", URLS) is None
-    assert shown(table) == {"ward": ("", 0, URLS)}
-    assert table.apply(announcement(epoch=5)) is None
-    clock.now += 4
-    assert table.heard("ward", OTHER_URLS) is None  # node, epoch and boot stay known
-    assert table.snapshot().peers["ward"] == Peer("ward", "one", 5, OTHER_URLS, 104.0, b"\1" * 16)
-    assert table.heard("ward", URLS, node="two", epoch=4) is Reason.EPOCH
-    assert table.heard("ward", URLS, node="two", epoch=6) is None
-    assert table.snapshot().peers["ward"].boot == b""
-    assert table.apply(announcement(node="two", epoch=6, boot=9, kind=GONE)) is None
-    assert shown(table) == {}
-
-
 # ---- expiry
 
 

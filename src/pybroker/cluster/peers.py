@@ -1,6 +1,6 @@
 """The table of peers: who in the network was heard lately, and where. Owns who replaces whom, and expiry; no socket.
 
-DESIGN.md section 6. It is fed with announcements (`apply`), and with what links learn in their hand-shakes (`heard`). A peer is a
+DESIGN.md section 6. It is fed with announcements (`apply`). A peer is a
 broker or a set, by its name. For one name:
 
 * A higher epoch replaces a lower one, whichever node it comes from; a lower one never replaces a higher one that is known, and
@@ -93,27 +93,6 @@ class PeerTable:
     def drop(self, reason: Reason) -> None:
         """Count a datagram that did not come as far as the table."""
         self.dropped[reason] += 1
-
-    def heard(
-        self, name: str, urls: tuple[str, ...], *, node: str | None = None, epoch: int | None = None
-    ) -> Reason | None:
-        """Take what a link's hand-shake told, or repeat it: it expires like what is announced.
-
-        node, epoch  None: the link does not know, and what is known of that peer stays
-
-        None, or why it was passed over: `Reason.EPOCH`, `Reason.NAME`, `Reason.FULL`.
-        """
-        self.expire()
-        known = self._peers.get(name)
-        known_node, known_epoch, boot = ("", 0, b"") if known is None else (known.node, known.epoch, known.boot)
-        node, epoch = known_node if node is None else node, known_epoch if epoch is None else epoch
-        if (node, epoch) != (known_node, known_epoch):
-            boot = b""
-        peer = Peer(name, node, epoch, urls, self._clock(), boot)
-        reason = self._refusal(peer)
-        if reason is None:
-            self._enter(peer)
-        return reason
 
     def snapshot(self) -> Snapshot:
         """Who is there now."""
