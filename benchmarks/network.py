@@ -53,18 +53,10 @@ def cpu(result: dict[str, Any]) -> list[float]:
 # ---- a hop
 
 
-def hop_rows(settings: Settings, name: str, arguments: tuple[str, ...], judged: bool) -> Iterator[Row]:
-    """From one broker to the next, beside one broker alone, in turns."""
-    alone, linked = Rounds(), Rounds()
-    flow = ("--behind", str(BEHIND_MAX), *arguments)
-    for _ in range(settings.rounds):
-        for count, rounds in ((1, alone), (2, linked)):
-            with brokers(settings, count) as (servers, _):
-                rounds.results.append(run_child("benchmarks.load_native", load(settings, servers, *flow)))
-            parts = " + ".join(f"{each:.1f}" for each in cpu(rounds.results[-1]))
-            settings.say(f"{name}, {count} broker(s): {rounds.results[-1]['rate']:,.0f} msg/s, {parts} µs CPU")
+def hop_row(name: str, alone: Rounds, linked: Rounds, judged: bool) -> Row:
+    """What two brokers take beyond one."""
     hop = linked.cpu_us - alone.cpu_us
-    yield Row(
+    return Row(
         case="network",
         name=f"CPU of a hop for a message, {name}",
         figure=hop,
@@ -75,6 +67,19 @@ def hop_rows(settings: Settings, name: str, arguments: tuple[str, ...], judged: 
         met=hop < alone.cpu_us if judged else None,
         details={"alone": alone.results, "linked": linked.results},
     )
+
+
+def hop_rows(settings: Settings, name: str, arguments: tuple[str, ...], judged: bool) -> Iterator[Row]:
+    """From one broker to the next, beside one broker alone, in turns."""
+    alone, linked = Rounds(), Rounds()
+    flow = ("--behind", str(BEHIND_MAX), *arguments)
+    for _ in range(settings.rounds):
+        for count, rounds in ((1, alone), (2, linked)):
+            with brokers(settings, count) as (servers, _):
+                rounds.results.append(run_child("benchmarks.load_native", load(settings, servers, *flow)))
+            parts = " + ".join(f"{each:.1f}" for each in cpu(rounds.results[-1]))
+            settings.say(f"{name}, {count} broker(s): {rounds.results[-1]['rate']:,.0f} msg/s, {parts} µs CPU")
+    yield hop_row(name, alone, linked, judged)
     yield Row(
         case="network",
         name=f"    messages from one broker to the next, {name}",
@@ -122,8 +127,13 @@ def side_rows(settings: Settings) -> Iterator[Row]:
             with brokers(settings, count) as (servers, _):
                 rounds.results.append(side_by_side(settings, servers))
             settings.say(f"{count} broker(s): {rounds.results[-1]['rate']:,.0f} msg/s, {rounds.cpu_us:.1f} µs CPU")
+    yield side_row(one, two)
+
+
+def side_row(one: Rounds, two: Rounds) -> Row:
+    """What each carries by the CPU time that it takes."""
     carried = [1e6 / rounds.cpu_us for rounds in (two, one)]
-    yield Row(
+    return Row(
         case="network",
         name="durable messages per core used, two brokers at once",
         figure=carried[0],

@@ -10,7 +10,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -240,10 +240,10 @@ class Engine:
         """Run until `close`; return when everything is committed. Raises what made the journal or the store fail."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._run_reads)
-                nursery.start_soon(self._run_sweeps)
+                nursery.start_soon(self._while_usable, self._run_reads)
+                nursery.start_soon(self._while_usable, self._run_sweeps)
                 if self.mender is not None:
-                    nursery.start_soon(self.mender.run, self.begin_turn, self.end_turn)
+                    nursery.start_soon(self._while_usable, self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
                 task_status.started()
                 await self.journal.run()
@@ -263,6 +263,17 @@ class Engine:
         self._room.set()
         for connection in list(self.core.connections):
             connection.sink.fail(error)
+
+    async def _while_usable(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run a task that does turns; it is over when there are no more, and why is no error of its own.
+
+        Whoever fails the engine cancels it, too, but a task that was about to run does so before it meets that.
+        """
+        try:
+            await task(*arguments)
+        except BrokerError as error:
+            if error is not self.error:
+                raise
 
     async def _run_reads(self) -> None:
         async for request in self._reads:

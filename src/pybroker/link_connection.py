@@ -26,7 +26,7 @@ from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, LimitExceeded, SendInDoubt
 from pybroker.message import Message
 from pybroker.operations import SEQUENCE_MASK
-from pybroker.protocols.link_frames import Accepted, Demand, Forward, Rejected, pack_forwarded
+from pybroker.protocols.link_frames import Accepted, Demand, Forward, Rejected, Row, row_of
 from pybroker.protocols.link_handshake import Introduction
 from pybroker.protocols.link_session import Established, LinkEvent, LinkSession
 from pybroker.protocols.native_frames import Bye, Error
@@ -37,7 +37,7 @@ RECEIVE_BYTES = 256 * 1024  # most bytes of one read
 WRITE_BYTES = 256 * 1024  # bytes of one write: each has to get on within the time of a silence
 FORWARD_BYTES_MAX = 1024 * 1024  # of one FORWARD, but for one message that is larger
 FORWARD_MESSAGES_MAX = 1_000
-FRAME_OVERHEAD = 2_048  # bytes of a FORWARD beside its messages, at most
+LENGTH_BYTES = 4  # in front of a frame, which are no part of what the peer limits
 DEMANDS_MAX = 5_000  # of one DEMAND
 LAST_WORDS = 1.0  # seconds for the last frames of a link that ends
 TEXT_SHOWN = 500  # characters of a peer's last words
@@ -340,24 +340,35 @@ class LinkConnection:
         try:
             while inbox and count_max > 0 and full is None:
                 frame = inbox.popleft()
-                tag = frame.first_tag
-                for sequence, message in frame.messages[:count_max]:
+                messages = frame.messages[:count_max]
+                done = 0 if crowded else self._take_run(core, frame, messages)
+                tags += [(frame.lane, tag) for tag in range(frame.first_tag, frame.first_tag + done)]
+                size += sum([message.size for _, message in messages[:done]])
+                for sequence, message in messages[done:]:
                     if crowded and core.full(message) is not None:
                         full = message
                         break
+                    tag = frame.first_tag + done
                     if self._take_one(core, frame, tag, sequence, message):
                         tags.append((frame.lane, tag))
                         size += message.size
-                    tag += 1
-                done = tag - frame.first_tag
+                    done += 1
                 count_max -= done
                 if done < len(frame.messages) and not self._ended:
-                    inbox.appendleft(frame._replace(first_tag=tag, messages=frame.messages[done:]))
+                    rest = frame.messages[done:]
+                    inbox.appendleft(frame._replace(first_tag=frame.first_tag + done, messages=rest))
             if tags:
                 core.confirm((self, _Taken(tags, size)))
         finally:
             engine.end_turn()
         return full
+
+    def _take_run(self, core: Core, frame: Forward, messages: list[tuple[int, Message]]) -> int:
+        """Take those from the front that need no closer look; how many they are."""
+        assert self._link is not None
+        if max([message.size for _, message in messages]) > self._body_max:
+            return 0
+        return core.links.receive_run(self._link, frame.namespace, messages)
 
     def _take_one(self, core: Core, frame: Forward, tag: int, sequence: int, message: Message) -> bool:
         """Whether it is to be accepted once this turn is committed."""
@@ -445,31 +456,31 @@ class LinkConnection:
         """One FORWARD: deliveries of one lane whose tags follow each other."""
         deliveries = self._deliveries
         assert self.peer is not None
-        frame_max = self.peer.frame_bytes_max - FRAME_OVERHEAD
-        size_max = min(frame_max, FORWARD_BYTES_MAX)
         lane, entry = deliveries[0]
         first = tag = entry.tag
-        rows: list[bytes] = []
+        rows: list[Row] = []
         size = 0
         for other, entry in islice(deliveries, FORWARD_MESSAGES_MAX):
-            if other is not lane or entry.tag != tag:
+            size += entry.message.size
+            if other is not lane or entry.tag != tag or (size > FORWARD_BYTES_MAX and rows):
                 break
-            row = pack_forwarded(entry.order & SEQUENCE_MASK, entry.message)
-            size += len(row)
-            if size > size_max:
-                if rows:
-                    break
-                if size > frame_max:
-                    deliveries.popleft()
-                    self._too_large.append((lane, tag, size))
-                    return b""
-            rows.append(row)
+            rows.append(row_of(entry.order & SEQUENCE_MASK, entry.message))
             tag += 1
+        data = self._session.forward(lane.number, lane.namespace, first, rows)
+        while (
+            len(data) - LENGTH_BYTES > self.peer.frame_bytes_max
+        ):  # it takes small ones only, or much of it is no body
+            if len(rows) == 1:
+                self._too_large.append((lane, first, len(data)))
+                data = b""
+                break
+            del rows[len(rows) // 2 :]
+            data = self._session.forward(lane.number, lane.namespace, first, rows)
         for _ in rows:
             deliveries.popleft()
         if deliveries:
             self._work.set()
-        return self._session.forward(lane.number, lane.namespace, first, rows)
+        return data
 
     def _reject_too_large(self, link: Link) -> None:
         assert self.peer is not None

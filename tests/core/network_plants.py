@@ -165,7 +165,7 @@ class Plant:
 
     broken: Callable[[], AbstractContextManager[None]]
     kind: Kind = field(default_factory=Kind)
-    seeds: int = 40
+    seeds: int = 100
 
     @property
     def name(self) -> str:

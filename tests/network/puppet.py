@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from pybroker.message import Message, Route
-from pybroker.protocols.link_frames import Forward, LinkFrame, pack_forwarded
+from pybroker.protocols.link_frames import Forward, LinkFrame, Row, row_of
 from pybroker.protocols.link_handshake import Introduction
 from pybroker.protocols.link_session import Established, LinkSession
 from pybroker.protocols.native_frames import Beat
@@ -95,11 +95,11 @@ class Puppet:
         ]
 
 
-def row(sequence: int, destination: str = "/queue/q", **options: Any) -> bytes:
+def row(sequence: int, destination: str = "/queue/q", **options: Any) -> Row:
     """A message that the puppet forwards."""
     route = Route(options.pop("passed", ("puppet",)), options.pop("targets", ()), options.pop("deliveries", 0), 4)
     options.setdefault("body", b"%d" % sequence)
-    return pack_forwarded(sequence, Message(destination, **options, message_id=b"p-%d" % sequence, route=route))
+    return row_of(sequence, Message(destination, **options, message_id=b"p-%d" % sequence, route=route))
 
 
 @asynccontextmanager

@@ -39,10 +39,13 @@ async def take(client: Client, count: str, *, redelivered: bool) -> None:
 
 async def carry(source: str, target: str, count: str, files: str = "") -> None:
     tls = dict(zip(("certificate", "key", "ca"), filter(None, files.split(",")), strict=False))
-    async with pybroker.connect(source, **tls) as sender, pybroker.connect(target, **tls) as receiver:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(send, sender, count)
-            await take(receiver, count, redelivered=False)
+    async with (
+        pybroker.connect(source, **tls) as sender,
+        pybroker.connect(target, **tls) as receiver,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(send, sender, count)
+        await take(receiver, count, redelivered=False)
 
 
 async def strand(source: str, target: str, count: str) -> None:

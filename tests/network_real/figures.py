@@ -1,4 +1,4 @@
-"""What the trials of networks measured. Owns the lines that `conftest.py` prints at the end of the run, also when nothing failed."""
+"""What the trials of networks measured. Owns the lines that `conftest.py` prints at the end, also when nothing failed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pybroker.errors import ProtocolError
 from pybroker.message import Message, Route, encode_headers
 from pybroker.protocols import link_frames as frames
 from pybroker.protocols import native_frames
-from pybroker.protocols.link_frames import decode_link_frame, pack_forwarded
+from pybroker.protocols.link_frames import decode_link_frame, row_of
 from pybroker.protocols.native_decoding import FrameCutter, HeaderBlocks
 
 numbers = st.integers(1, 2**63 - 1)
@@ -64,7 +64,7 @@ def read(data: bytes) -> object:
 @steady
 @given(numbers, names, st.integers(1, 2**62), st.lists(st.tuples(st.integers(0, 2**56), messages()), min_size=1))
 def test_forwarded_messages_are_read_as_they_were_written(lane: int, namespace: str, tag: int, sent: Any) -> None:
-    data = frames.encode_forward(lane, namespace, tag, [pack_forwarded(*each) for each in sent])
+    data = frames.encode_forward(lane, namespace, tag, [row_of(*each) for each in sent])
     assert plain(read(data)) == plain(frames.Forward(lane, namespace, tag, sent))
 
 
@@ -102,7 +102,7 @@ def test_a_long_reason_is_cut_and_not_refused() -> None:
 
 def test_what_all_messages_of_a_frame_have_in_common_is_kept_once() -> None:
     sent = [(number, message(number, passed=("x", "a"), targets=("t",))) for number in range(3)]
-    found = read(frames.encode_forward(1, "n", 1, [pack_forwarded(*each) for each in sent]))
+    found = read(frames.encode_forward(1, "n", 1, [row_of(*each) for each in sent]))
     assert isinstance(found, frames.Forward)
     first, *rest = [each.route for _, each in found.messages]
     assert first is not None
@@ -229,7 +229,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
 def test_a_frame_is_what_the_document_says() -> None:
     """Written by hand from NATIVE.md, apart from the encoder."""
     sent = message(7, passed=("x", "a"), targets=("t",), deliveries=2, priority=9, durable=True, header_block=b"k:v\n")
-    data = frames.encode_forward(3, "space", 5, [pack_forwarded(9, sent)])
+    data = frames.encode_forward(3, "space", 5, [row_of(9, sent)])
     row = [9, "/queue/q", b"7", b"k:v\n", 16 + 9, 0, b"id-7", 1_007, 2, ["x", "a"], ["t"]]
     packed = msgpack.packb([34, 3, "space", 5, [row]])
     assert data == len(packed).to_bytes(4, "big") + packed

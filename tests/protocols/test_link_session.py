@@ -196,7 +196,7 @@ ANY = {
     "LinkWelcome": frames.encode_link_welcome(1, link_handshake.options_of(introduction("b"))),
     "LinkProof": frames.encode_link_proof(b""),
     "Demand": frames.encode_demand(True, [], []),
-    "Forward": frames.encode_forward(1, "n", 1, [frames.pack_forwarded(1, message())]),
+    "Forward": frames.encode_forward(1, "n", 1, [frames.row_of(1, message())]),
     "Accepted": frames.encode_accepted(1, [(1, 1)]),
     "Rejected": frames.encode_rejected(1, 1, "c", "t"),
     "Beat": native_frames.encode_beat(),
@@ -274,7 +274,7 @@ def test_a_refusal_takes_back_what_was_not_said_yet() -> None:
 def forwarded(
     lane: int = 1, namespace: str = "n", first: int = 1, count: int = 1, passed: tuple[str, ...] = ("a",)
 ) -> bytes:
-    rows = [frames.pack_forwarded(number, message(number, passed)) for number in range(count)]
+    rows = [frames.row_of(number, message(number, passed)) for number in range(count)]
     return frames.encode_forward(lane, namespace, first, rows)
 
 
@@ -379,7 +379,7 @@ def test_any_changed_bit_is_read_or_refused(name: str, data: st.DataObject) -> N
 def test_what_is_forwarded_comes_out_as_it_went_in() -> None:
     dialler, acceptor = pair()
     sent = [(number, message(number, ("x", "a"), targets=("t",), deliveries=3, priority=7)) for number in range(3)]
-    acceptor.receive_data(dialler.forward(1, "n", 5, [frames.pack_forwarded(*each) for each in sent]))
+    acceptor.receive_data(dialler.forward(1, "n", 5, [frames.row_of(*each) for each in sent]))
     for _, each in sent:
         each.priority = 7
     assert drain(acceptor) == [plain(frames.Forward(1, "n", 5, sent))]

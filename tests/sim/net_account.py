@@ -21,7 +21,9 @@ class Copy:
 
     deliveries: list[tuple[float, Place, bool]] = field(default_factory=list)  # when, where, marked as redelivered
     ack_tried: str = ""  # by whom
+    tried_alone: bool = False  # not in a transaction
     acked_at: float | None = None
+    ack_confirmed: bool = False  # and somebody was told so
     acked_at_set: str = ""
 
     def told(self) -> str:
@@ -85,16 +87,17 @@ class NetAccount:
         self.sent[name].denied = True
 
     def try_ack(self, body: bytes, who: str) -> None:
-        self._copy(body, who).ack_tried = who
+        copy = self._copy(body, who)
+        copy.ack_tried, copy.tried_alone = who, True
 
     def confirm_ack(self, body: bytes, who: str, set_name: str, now: float) -> None:
         copy = self._copy(body, who)
-        if copy.acked_at is not None and not copy.ack_tried.endswith("transaction"):
+        if copy.ack_confirmed:
             self.findings.add(
                 f"{name_of(body)!r} was acknowledged twice: at {copy.acked_at:.3f} in set {copy.acked_at_set}, "
                 f"and at {now:.3f} in set {set_name}"
             )
-        copy.acked_at, copy.acked_at_set = now, set_name
+        copy.acked_at, copy.acked_at_set, copy.ack_confirmed = now, set_name, True
         self.acked += 1
 
     def try_move(self, body: bytes, name: str) -> None:
@@ -190,7 +193,7 @@ class NetAccount:
         """Whether another transaction, or an acknowledgement of its own, has taken the message."""
         taken = self.sent[moved.takes]
         others = [other for other in self.sent.values() if other.takes == taken.name and other is not moved]
-        return any(other.copy().deliveries for other in others) or not taken.copy().ack_tried.endswith("transaction")
+        return any(other.copy().deliveries for other in others) or taken.copy().tried_alone
 
 
 def name_of(body: bytes) -> str:

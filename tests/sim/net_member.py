@@ -220,6 +220,7 @@ async def _close(store: Any) -> None:
 
 _plain_deliver = NativeConnection.deliver
 _plain_receive = Links.receive
+_plain_receive_run = Links.receive_run
 
 
 def _deliver(self: NativeConnection, consumer: Any, entry: Any) -> None:
@@ -229,13 +230,26 @@ def _deliver(self: NativeConnection, consumer: Any, entry: Any) -> None:
 
 def _receive(self: Links, link: Link, namespace: str, sequence: int, message: Any) -> bool:
     """A forwarded message is taken."""
-    life = _life()
     passed = message.route.passed  # before the message is made one of this broker's
     new = _plain_receive(self, link, namespace, sequence, message)
+    _note_forwarded(self, passed, message, new)
+    return new
+
+
+def _receive_run(self: Links, link: Link, namespace: str, messages: Any) -> int:
+    """Several are taken."""
+    passed = [message.route.passed for _, message in messages]
+    count = _plain_receive_run(self, link, namespace, messages)
+    for before, (_, message) in zip(passed[:count], messages, strict=False):
+        _note_forwarded(self, before, message, True)
+    return count
+
+
+def _note_forwarded(links: Links, passed: Any, message: Any, new: bool) -> None:
+    life = _life()
     if not life.dead:
         life.sim.trace(f"{life.name} {'takes' if new else 'had'} {message.body[:8]!r} by {' '.join(passed)}")
-        life.member.net.account.forward(self.name, passed, message.body, new)
-    return new
+        life.member.net.account.forward(links.name, passed, message.body, new)
 
 
 def _numbered(kind: type) -> Any:
@@ -269,6 +283,7 @@ def watched_network(rng: random.Random) -> Iterator[None]:
         (keeper_module, "AloneTerm", _AloneTerm),
         (NativeConnection, "deliver", _deliver),
         (Links, "receive", _receive),
+        (Links, "receive_run", _receive_run),
         (native_server, "secrets", SimpleNamespace(randbits=randbits)),
         (remote_lifeline, "new_producer", lambda: rng.randbytes(16).hex()),
         (announcer_module, "secrets", SimpleNamespace(token_bytes=rng.randbytes)),

@@ -146,7 +146,7 @@ class NetSimulation(Run):
             yield from each.members.values()
 
     def describe(self) -> str:
-        return "; ".join(each.describe() for each in self.sets.values())
+        return "; ".join([*(each.describe() for each in self.sets.values()), *self.demanded()])
 
     # ---- parts of stories
 
@@ -199,9 +199,11 @@ class NetSimulation(Run):
     def run_client(self, client: NetClient) -> None:
         """Until `finish` ends all clients."""
 
+        scope = trio.CancelScope()
+        self._client_scopes.append(scope)
+
         async def run() -> None:
-            with trio.CancelScope() as scope:
-                self._client_scopes.append(scope)
+            with scope:
                 await client.run()
 
         self.nursery.start_soon(run)
@@ -253,6 +255,10 @@ class NetSimulation(Run):
         await self.check_convergence()
         await self.drain()
         self.account.settle()
+        self.end_clients()
+        await self.until(
+            lambda: not self.demanded(), CONVERGED, "nobody consumes a queue any more, and there is demand"
+        )
 
     def is_whole(self) -> bool:
         return all(each.is_whole() for each in self.sets.values())
@@ -299,6 +305,15 @@ class NetSimulation(Run):
             self.findings.add(
                 f"there are consumers, and this does not come to them: {self.account.waiting()[:3]}; {self.left()[:6]}"
             )
+
+    def demanded(self) -> list[str]:
+        """Demand for queues that sets know of others."""
+        found = []
+        for each in self.live_sets():
+            member = each.serving()
+            if member is not None and member.engine is not None:
+                found += [f"{each.name}: {destination}" for destination in member.engine.core.links._wanted]
+        return found
 
     def left(self) -> list[str]:
         """What is in the queues of those that serve."""

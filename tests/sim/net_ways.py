@@ -207,7 +207,7 @@ async def removed(sim: NetSimulation) -> None:
     """What is on its way to a dead set returns when an operator removes it, marked, and goes to others."""
     await started(sim)
     async with client_at(sim, "holder", "b") as client, client.subscribe(QUEUE, ack="individual", prefetch=3):
-        await sim.until(lambda: demanded(sim, "a", QUEUE), SOON, "demand does not come")
+        await sim.until(lambda: f"a: {QUEUE}" in sim.demanded(), SOON, "demand does not come")
         sim.network.cut("b1", "a1"), sim.network.cut("b1", "a2"), sim.network.cut("b1", "a3")
         names = await send(sim, "first", "a", 5)  # they arrive there, and nobody hears of it
         await trio.sleep(0.5)
@@ -230,10 +230,3 @@ async def removed(sim: NetSimulation) -> None:
     ):
         sim.findings.add("what was on its way to the removed set is not marked as redelivered")
     await sim.finish()
-
-
-def demanded(sim: NetSimulation, set_name: str, queue: str) -> bool:
-    """Whether a set has been told that somebody else consumes a queue."""
-    member = sim.sets[set_name].serving()
-    engine = member.engine if member is not None else None
-    return engine is not None and queue in engine.core.links._wanted

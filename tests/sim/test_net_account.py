@@ -165,3 +165,24 @@ def test_who_has_sent_in_a_transaction_has_acknowledged() -> None:
     account.deliver(("a1.1", 1, "moved"), "other", b"moved|", False, 2.5)
     account.deliver(AT_A, "id", body, True, 3.0)
     assert len(found) == 1
+
+
+def test_nobody_is_told_twice_that_a_message_is_acknowledged() -> None:
+    found, account = make()
+    body = sent(account)
+    account.deliver(AT_A, "id", body, False, 2.0)
+    for _ in range(2):
+        account.try_ack(body, "r")
+        account.confirm_ack(body, "r", "a", 3.0)
+    assert len(found) == 1
+
+
+def test_a_transaction_that_came_too_late_took_nothing() -> None:
+    found, account = make()
+    body = sent(account)
+    account.deliver(AT_A, "id", body, False, 2.0)
+    account.try_ack(body, "r")
+    account.attempt("moved", b"moved|")
+    account.try_move(body, "moved")
+    account.settle()
+    assert found == []

@@ -7,10 +7,7 @@ whether it may come now, is the session's (`link_session`). Everything that is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from struct import Struct
 from typing import Any, NamedTuple
-
-import msgpack
 
 from pybroker.errors import ProtocolError
 from pybroker.message import Message, Route
@@ -49,6 +46,8 @@ DELIVERIES_MAX = 2**32 - 1
 
 Added = tuple[str, bool, str, tuple[str, ...]]  # destination, durable, origin, path to it
 Dropped = tuple[str, bool, str]
+# sequence, destination, body, header block, flags, expires, message id, timestamp, deliveries, passed, targets
+Row = tuple[int, str, bytes, bytes, int, int, bytes, int, int, tuple[str, ...], tuple[str, ...]]
 
 
 class LinkHello(NamedTuple):
@@ -106,10 +105,6 @@ class Rejected(NamedTuple):
 
 LinkFrame = LinkHello | LinkWelcome | LinkProof | Demand | Forward | Accepted | Rejected | Beat | Bye | Error
 
-_length = Struct(">I")
-_packer = msgpack.Packer(use_bin_type=True)
-_pack = _packer.pack
-
 
 # ---- to bytes
 
@@ -130,41 +125,28 @@ def encode_demand(whole: bool, adds: Iterable[Added], drops: Iterable[Dropped]) 
     return pack_frame((DEMAND, whole, list(adds), list(drops)))
 
 
-def pack_forwarded(sequence: int, message: Message) -> bytes:
+def row_of(sequence: int, message: Message) -> Row:
     """One message of a FORWARD. It has a route, whose priority is the one that it is sent with."""
     route = message.route
     assert route is not None
-    row: bytes = _pack(
-        (
-            sequence,
-            message.destination,
-            message.body,
-            message.header_block,
-            route.priority | (message.durable and DURABLE),
-            message.expires,
-            message.message_id,
-            message.timestamp,
-            route.deliveries,
-            route.passed,
-            route.targets,
-        )
+    return (
+        sequence,
+        message.destination,
+        message.body,
+        message.header_block,
+        route.priority | (message.durable and DURABLE),
+        message.expires,
+        message.message_id,
+        message.timestamp,
+        route.deliveries,
+        route.passed,
+        route.targets,
     )
-    return row
 
 
-def encode_forward(lane: int, namespace: str, first_tag: int, rows: Sequence[bytes]) -> bytes:
-    """`rows` are messages from `pack_forwarded`."""
-    head = b"".join(
-        (
-            _packer.pack_array_header(5),
-            _pack(FORWARD),
-            _pack(lane),
-            _pack(namespace),
-            _pack(first_tag),
-            _packer.pack_array_header(len(rows)),
-        )
-    )
-    return b"".join((_length.pack(len(head) + sum(map(len, rows))), head, *rows))
+def encode_forward(lane: int, namespace: str, first_tag: int, rows: Sequence[Row]) -> bytes:
+    """`rows` are messages from `row_of`."""
+    return pack_frame((FORWARD, lane, namespace, first_tag, rows))
 
 
 def encode_accepted(lane: int, ranges: Ranges) -> bytes:

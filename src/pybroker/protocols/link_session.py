@@ -214,8 +214,8 @@ class LinkSession:
         self._check_up()
         return link_frames.encode_demand(whole, adds, drops)
 
-    def forward(self, lane: int, namespace: str, first_tag: int, rows: Sequence[bytes]) -> bytes:
-        """`rows` are messages from `link_frames.pack_forwarded`."""
+    def forward(self, lane: int, namespace: str, first_tag: int, rows: Sequence[link_frames.Row]) -> bytes:
+        """`rows` are messages from `link_frames.row_of`."""
         self._check_up()
         return link_frames.encode_forward(lane, namespace, first_tag, rows)
 
