@@ -160,7 +160,7 @@ class NetworkConfig:
     peer_timeout_intervals: float = 10.0  # a peer unheard of for so many intervals is gone
     peers_max: int = 1_000  # peers in the table
     hops_max: int = 16  # brokers that a message may pass; then it stays where it is
-    link_messages_max: int = 2_000  # messages that are on their way to one peer, unconfirmed
+    link_messages_max: int = 10_000  # messages that are on their way to one peer, unconfirmed
     link_bytes_max: int = 8 * 1024 * 1024  # bytes of these (one message always may)
     demand_backlog_max: int = 1_000  # ready messages of a queue from which on this broker asks for no more of others
     heartbeat_interval: float = 0.5  # seconds: a side of a link that has sent nothing for so long says that it is there

@@ -27,6 +27,8 @@ class ConnectOptions:
     close_timeout     for which a client that is closed waits for what was not answered
     spread            which broker is chosen of several: ``random`` spreads clients over them, ``first`` takes the first in the
                       order given that answers. (After a lost connection the same broker, or its set, is tried first.)
+    own_set_first     for which, after a lost connection, no broker of another set is tried while something is not confirmed: only
+                      the own set, whose next leader may not be there yet, knows what is stored
     elsewhere         what becomes of sends that were not confirmed when the broker that answers now knows nothing of them:
                       ``doubt`` raises SendInDoubt, ``repeat`` sends them again: a message may then be delivered twice (with
                       the same message id)
@@ -41,6 +43,7 @@ class ConnectOptions:
     reconnect_delay_max: float = 5.0
     heartbeat_interval: float = 5.0
     close_timeout: float = 2.0
+    own_set_first: float = 2.0
     spread: Spread = "random"
     elsewhere: Elsewhere = "doubt"
     learn: bool = True
@@ -48,7 +51,14 @@ class ConnectOptions:
     discovery_secret: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("deadline", "connect_timeout", "reconnect_delay", "reconnect_delay_max", "close_timeout"):
+        for name in (
+            "deadline",
+            "connect_timeout",
+            "reconnect_delay",
+            "reconnect_delay_max",
+            "close_timeout",
+            "own_set_first",
+        ):
             _check_seconds(name, getattr(self, name), infinite=name == "deadline")
         if not 0.01 <= _check_seconds("heartbeat_interval", self.heartbeat_interval) <= 86_400:
             raise ConfigurationError("option heartbeat_interval: expected 0.01 to 86400 seconds")

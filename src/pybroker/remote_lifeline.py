@@ -71,6 +71,7 @@ class Lifeline:
         self.sends = Sends(new_producer())
         self.subscriptions: set[RemoteSubscription] = set()
         self.received = 0
+        self._offered: NativeAddress | None = None  # who was told last of the present producer's id
         self._search = search
         self._dial = dial
         self._hello = {"software": f"pybroker/{version('pybroker')}", **hello}
@@ -80,7 +81,7 @@ class Lifeline:
         self._changed = trio.Event()
         self._room_wanted = False
         self._down_since = trio.current_time()
-        self._made_at = self._down_since
+        self._made_at = self._lost_at = self._down_since
         self._fruitful = False  # the present connection brought an answer
         self._complaints = 0  # connections in a row that a broken rule ended before anything came of them
         self._last_error: BrokerError | None = None
@@ -117,7 +118,8 @@ class Lifeline:
                 await self._search.wait(delay)
             final: list[BrokerError] = []
             tries = 0
-            for address in self._search.round():
+            waited = trio.current_time() - self._lost_at
+            for address in self._search.round(own_only=bool(self.sends.pending) and waited < options.own_set_first):
                 tries += 1
                 try:
                     return await self._try(address)
@@ -135,8 +137,18 @@ class Lifeline:
     async def _try(self, address: NativeAddress) -> RemoteConnection:
         """One broker; twice if it must be told another producer."""
         options = self.options
+
+        async def dial(target: NativeAddress) -> trio.abc.Stream:
+            stream = await self._dial(target)
+            self._offered = target
+            return stream
+
         while True:
             new = not self.sends.known
+            if new and self._offered not in (None, address):
+                # It may have been made there, though no answer came: two brokers must not know one id, or what is sent to
+                # one of them would be repeated to the other.
+                self._go_elsewhere(address)
             hello: dict[str, Any] = {
                 **self._hello,
                 "heartbeat": options.heartbeat_interval,
@@ -145,7 +157,7 @@ class Lifeline:
             }
             session = NativeClientSession(self.sends, self._numbers, hello)
             connection = await open_connection(
-                self._dial, address, session, options.connect_timeout, options.heartbeat_interval
+                dial, address, session, options.connect_timeout, options.heartbeat_interval
             )
             if new or connection.opened.producer_known:
                 return connection
@@ -154,6 +166,7 @@ class Lifeline:
 
     def _go_elsewhere(self, address: NativeAddress) -> None:
         """The broker at that address does not know this producer."""
+        self._offered = None
         repeat = self.options.elsewhere == "repeat"
         for submission in self.sends.elsewhere(self.sends.producer if repeat else new_producer()):
             self._reject(
@@ -199,6 +212,7 @@ class Lifeline:
         now = trio.current_time()
         self._last_error = error or BrokerClosed("the client is closed")
         self._connection = None
+        self._lost_at = now
         if self._fruitful or now - self._made_at >= STEADY:  # or else it counts as if it had not been
             self._down_since = now
         self.sends.disconnected()

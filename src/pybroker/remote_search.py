@@ -55,25 +55,41 @@ class Search:
         self._hints: list[NativeAddress] = []  # of a leader, to be tried at once
         self._sets: dict[str, list[NativeAddress]] = {}  # what the network told: addresses by name
         self._last: NativeAddress | None = None
+        self._own = ""  # the name in the network of the broker or set that let the client in last, "" = not known
         self._silent = False
 
-    def _known(self) -> list[list[NativeAddress]]:
-        """All that is known, each list the addresses of one broker or set (of those that were given it is not known)."""
-        found = [[address] for address in self._target.brokers]
+    def _named(self) -> list[tuple[str, list[NativeAddress]]]:
+        """What was announced or told: a broker's or set's name, and its addresses."""
+        found = []
         if self._source is not None:
-            found += [parse_learned(urls, self._tls_only) for _, urls in self._source.addresses()]
+            found += [(name, parse_learned(urls, self._tls_only)) for name, urls in self._source.addresses()]
         if self._target.learns:
-            found += self._sets.values()
+            found += self._sets.items()
         return found
+
+    def _known(self, own_only: bool = False) -> list[list[NativeAddress]]:
+        """All that is known, each list the addresses of one broker or set (of those that were given it is not known).
+
+        `own_only`: without those that are known to be others' than the client's own broker or set.
+        """
+        named = self._named()
+        if own_only and self._own:
+            others = {address for name, addresses in named if name != self._own for address in addresses}
+            given = [[address] for address in self._target.brokers if address not in others]
+            return [*given, *(addresses for name, addresses in named if name == self._own)]
+        return [*([address] for address in self._target.brokers), *(addresses for _, addresses in named)]
 
     @property
     def count(self) -> int:
         """Addresses that are known."""
         return len({address for each in self._known() for address in each})
 
-    def round(self) -> Iterator[NativeAddress]:
-        """Every address once; what a broker names meanwhile as its leader comes next, if it was not tried yet."""
-        known = self._known()
+    def round(self, own_only: bool = False) -> Iterator[NativeAddress]:
+        """Every address once; what a broker names meanwhile as its leader comes next, if it was not tried yet.
+
+        `own_only`: none that is known to be another set's.
+        """
+        known = self._known(own_only)
         mates = [address for each in known if self._last in each for address in each]
         rest = [address for each in known for address in each]
         if self._target.options.spread == "random":
@@ -100,8 +116,15 @@ class Search:
     def connected(self, address: NativeAddress) -> None:
         """This one let the client in."""
         self._last = address
+        self._own = ""
+        self._note_own()
         self._silent = False
         self._hints = []
+
+    def _note_own(self) -> None:
+        for name, addresses in self._named():
+            if self._last in addresses:
+                self._own = name
 
     def fell_silent(self) -> None:
         """The connection was lost without a word: the others are tried first, since this one may take all its time to fail."""
@@ -116,6 +139,7 @@ class Search:
             room -= len(found)
             if found:
                 self._sets[name] = found
+        self._note_own()
 
     async def wait(self, seconds: float) -> None:
         """Wait until it makes sense to try again: for about so long (clients come back one by one), or until there are others."""

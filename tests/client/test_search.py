@@ -223,3 +223,21 @@ async def test_a_broker_that_never_answers_anything_is_as_none(autojump_clock: M
             with pytest.raises(SendInDoubt, match="deadline"):
                 await client.send("/queue/q", b"x")
             assert 20 <= trio.current_time() < 30
+
+
+def test_while_something_is_not_confirmed_only_the_own_set_is_tried():
+    found = search("failover:(pybroker://a1:1,pybroker://a2:2,pybroker://b1:3)")
+    found.connected(parse_native_url("pybroker://a1:1"))
+    found.learn({"a": ("pybroker://a1:1",), "b": ("pybroker://b1:3", "pybroker://b2:4")})
+    own = {each.url for each in found.round(own_only=True)}
+    assert own == {"pybroker://a1:1", "pybroker://a2:2"}  # of a2 nobody knows whose it is
+    assert {each.url for each in found.round()} == own | {"pybroker://b1:3", "pybroker://b2:4"}
+    found.connected(parse_native_url("pybroker://b2:4"))
+    assert {each.url for each in found.round(own_only=True)} >= {"pybroker://b1:3", "pybroker://b2:4"}
+    assert "pybroker://a1:1" not in {each.url for each in found.round(own_only=True)}
+
+
+def test_where_the_own_set_is_not_known_all_are_tried():
+    found = search("failover:(pybroker://a1:1,pybroker://b1:3)")
+    found.connected(parse_native_url("pybroker://a1:1"))
+    assert len(list(found.round(own_only=True))) == 2

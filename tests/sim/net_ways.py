@@ -12,6 +12,7 @@ from itertools import product
 import trio
 
 from pybroker.config import DeliveryPolicy
+from pybroker.errors import SendInDoubt
 from pybroker.remote_client import RemoteClient
 from tests.sim.net_clients import QUEUES, Drain, Receiver, Sender, client_of
 from tests.sim.net_simulation import NetOptions, NetSimulation, linked, mesh
@@ -229,4 +230,37 @@ async def removed(sim: NetSimulation) -> None:
         marked for name in names for _, place, marked in sim.account.sent[name].copy().deliveries if place[0][0] != "b"
     ):
         sim.findings.add("what was on its way to the removed set is not marked as redelivered")
+    await sim.finish()
+
+
+# ---- an id that two brokers have been told
+
+OFFERED = NetOptions(sizes={"a": 1, "b": 1}, pairs=linked("ab"), senders=0, receivers=0)
+
+
+async def offered_twice(sim: NetSimulation) -> None:
+    """A broker lets a client in, who never hears of it, and sends by another one, which goes silent: the first must not take it."""
+    sim.network.weather.tear = 0.0  # a frame is one piece
+    sim.network.chokes[("s", "a1")] = [(None, 0)] * 3
+    sim.network.chokes[("s", "b1")] = [(None, 1)]  # lets the client in, and is not heard any more
+    sim.sets["b"].absent = True
+    await started(sim)
+    body = b"s-1|"
+    sim.account.attempt("s-1", body)
+
+    async def begin_late() -> None:
+        await trio.sleep(0.5)
+        sim.sets["b"].absent = False
+        sim.start_all()
+
+    sim.nursery.start_soon(begin_late)
+    doubt = False
+    async with client_of(sim, "s", ["a1", "b1"], sim.rng) as client:
+        sim.network.chokes[("s", "a1")].clear()
+        try:
+            await client.send(QUEUE, body)
+        except SendInDoubt:
+            doubt = True
+    if not doubt:
+        sim.findings.add("a send was repeated to another broker than the one that may have it")
     await sim.finish()

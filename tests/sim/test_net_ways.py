@@ -31,3 +31,8 @@ def test_a_broker_joins_under_load_and_nobody_is_disturbed() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_what_was_on_its_way_to_a_set_that_is_removed_goes_to_others(seed: int) -> None:
     NetSimulation(f"removed {seed}", ways.removed, ways.REMOVED).run()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_one_broker_may_have_is_not_repeated_to_another_that_let_the_client_in_before(seed: int) -> None:
+    NetSimulation(f"offered {seed}", ways.offered_twice, ways.OFFERED).run()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pybroker.core.links import Links, Peer
 
 ROUTES_REMEMBERED = 256
+ROUTE_REMEMBERED = 16  # names in the longest one of these
 STRANDED_MAX = 1_000  # messages of one queue that are set apart at the hop limit; from then on it forwards nothing more
 
 
@@ -61,7 +62,7 @@ def _choose(links: Links, queue: Queue, message: Message) -> Peer | None:
 
 def _copy(links: Links, message: Message, deliveries: int, targets: tuple[str, ...] = ()) -> Message:
     """A message as it goes onto a link."""
-    route = _extended(_passed(message), links.name, targets, deliveries, message.priority)
+    route = _route(_passed(message), links.name, targets, deliveries, message.priority)
     return Message(
         message.destination,
         message.body,
@@ -75,9 +76,16 @@ def _copy(links: Links, message: Message, deliveries: int, targets: tuple[str, .
     )
 
 
+def _route(passed: tuple[str, ...], name: str, targets: tuple[str, ...], deliveries: int, priority: int) -> Route:
+    """The route of a message that was at `passed`, and now leaves the broker of that name."""
+    if len(passed) + len(targets) > ROUTE_REMEMBERED:
+        return Route((*passed, name), targets, deliveries, priority)
+    return _remembered(passed, name, targets, deliveries, priority)
+
+
 @lru_cache(maxsize=ROUTES_REMEMBERED)
-def _extended(passed: tuple[str, ...], name: str, targets: tuple[str, ...], deliveries: int, priority: int) -> Route:
-    """The route of a message that was at `passed`, and now leaves the broker of that name: many take the same one."""
+def _remembered(passed: tuple[str, ...], name: str, targets: tuple[str, ...], deliveries: int, priority: int) -> Route:
+    """Many messages take the same one."""
     return Route((*passed, name), targets, deliveries, priority)
 
 
@@ -112,7 +120,10 @@ def pass_on(links: Links, queue: Queue, message: Message) -> bool:
         return False
     queue.counts.forwarded += 1
     deliveries = message.route.deliveries if message.route is not None else 0
-    links.lane(peer).accept(_copy(links, message, deliveries))
+    message.route = _route(
+        _passed(message), links.name, (), deliveries, message.priority
+    )  # it has come just now: nobody else has it
+    links.lane(peer).accept(message)
     return True
 
 

@@ -58,6 +58,7 @@ ROUTED_VERSION = 2  # of a message's that has a route, and of none else
 DIGEST_BYTES = 16  # of the SHA-256 of a producer's id or a peer's name, in their keys
 CHECKSUM_BYTES = 4
 ROUTES_REMEMBERED = 256
+ROUTE_REMEMBERED = 16  # names in the longest one of these
 RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
 
 _key8 = Struct(">BQ").pack
@@ -249,7 +250,7 @@ def _encode_routed(key: bytes, message: Message, route: Route) -> bytes:
             message_id,
             destination,
             message.header_block,
-            _route_section(route),
+            _route_section(route) if len(route.passed) + len(route.targets) <= ROUTE_REMEMBERED else _pack_route(route),
             message.body,
         )
     )
@@ -258,7 +259,11 @@ def _encode_routed(key: bytes, message: Message, route: Route) -> bytes:
 
 @lru_cache(maxsize=ROUTES_REMEMBERED)
 def _route_section(route: Route) -> bytes:
-    """A route's bytes: many messages take the same one."""
+    """Many messages take the same route."""
+    return _pack_route(route)
+
+
+def _pack_route(route: Route) -> bytes:
     names = _pack_texts((*route.passed, *route.targets))
     head = _ROUTE_HEAD.pack(len(names), route.deliveries, route.priority, len(route.passed), len(route.targets))
     return head + names
