@@ -17,7 +17,7 @@ from benchmarks.processes import Server, run_child, serving
 from benchmarks.report import Rounds, Row
 from benchmarks.settings import NotMeasurable, Settings
 
-BEHIND_MAX = 1_500  # messages that are on their way: fewer than a link takes, so that none of them waits in front of it
+BEHIND_MAX = 6_000  # messages that are on their way: fewer than a link takes, so that none of them waits in front of it
 CORE_SHARE = 0.9  # of what one broker carries in a second of its CPU time, that each of two must carry
 MESH_BROKERS = 20
 MESH_SECONDS = 1.0  # from a new consumer to all brokers' knowing it

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from pybroker.config import Limits, NativeLimits, StompLimits
+from pybroker.config import Limits, NativeLimits, NetworkConfig, StompLimits
 from pybroker.errors import BrokerClosed
 from pybroker.protocols import link_frames as frames
 from pybroker.protocols.link_frames import Accepted, Demand, Rejected
@@ -153,8 +153,8 @@ async def test_who_sends_more_than_was_agreed_is_told_so(
         b = await one(network, **limits)
         async with puppet(network, b) as end:
             assert (end.session.peer.messages_max, end.session.peer.bytes_max) == (  # type: ignore[union-attr]
-                limits.get("link_messages_max", 2_000),
-                limits.get("link_bytes_max", 8 * 1024 * 1024),
+                limits.get("link_messages_max", NetworkConfig().link_messages_max),
+                limits.get("link_bytes_max", NetworkConfig().link_bytes_max),
             )
             rows = [row(number, body=b"x" * size) for number, size in enumerate(sizes)]
             await end.send(frames.encode_forward(1, "n", 1, rows[:-1]))

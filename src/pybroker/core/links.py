@@ -476,7 +476,7 @@ class Links:
         """
         peer = self.peers.get(name)
         if peer is None:
-            known = ", ".join(self.peers) or "none"
+            known = ", ".join(sorted(self.peers)) or "none"
             raise BrokerError(f"peer {name} is not known here; known are: {known}")
         if peer.link is not None:
             raise BrokerError(f"peer {name} is linked: stop it first, or take it out of the peers of this broker")
