@@ -26,7 +26,14 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
         *("keeper", "mending", "replicated"),
         *("connections", "native_server", "native_sending", "native_outbox"),
-        *("broker_network", "link_connection", "link_dialling", "link_transport", "network_membership", "network_status"),
+        *(
+            "broker_network",
+            "link_connection",
+            "link_dialling",
+            "link_transport",
+            "network_membership",
+            "network_status",
+        ),
     ),
     "face": (
         *("broker", "client", "subscription", "local_client", "local_subscription"),
