@@ -198,6 +198,7 @@ class LinkConnection:
         self._reading.cancel()
         self._arrived.set()
         self._inbox.clear()
+        self._deliveries.clear()  # who keeps the link as the last one must not keep its messages
         link, self._link = self._link, None
         if link is not None and self._engine.error is None:
             self._engine.begin_turn().links.down(link)

@@ -85,7 +85,10 @@ class Dialler:
         delay = config.retry_interval
         while self.wanted and self.urls:
             if self.name:
-                await self._owner.wait_missing(self.name, self.epoch)
+                with trio.CancelScope() as self._following:
+                    await self._owner.wait_missing(self.name, self.epoch)
+                if self._following.cancelled_caught:
+                    continue
             if reluctant:
                 await trio.sleep(GRACE * config.heartbeat_timeout)
                 if not self._owner.missing(self.name, self.epoch):
