@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import trio
 
+from pybroker import network_status
 from pybroker.cluster.announcer import Announcer
 from pybroker.cluster.naming import network_group
 from pybroker.cluster.native_urls import parse_native_url, parse_peer
 from pybroker.cluster.peers import PeerTable
 from pybroker.config import BrokerConfig
-from pybroker.connections import linger
+from pybroker.connections import say_last
 from pybroker.engine import Engine
 from pybroker.errors import BrokerError, ConfigurationError, LimitExceeded
 from pybroker.link_connection import STOPPING, LinkConnection
@@ -36,16 +37,19 @@ from pybroker.protocols.link_handshake import (
     LinkRefused,
 )
 from pybroker.protocols.link_session import LinkSession
-from pybroker.protocols.native_frames import encode_error
+from pybroker.protocols.native_session import error_frame
 
 log = logging.getLogger("pybroker.network")
 
 TICK = 0.1  # seconds between two looks at the backlogs of queues that others send to
 AFTER_ERROR = 5.0  # seconds until a task is run again that failed
-LAST_WORDS = 1.0  # seconds for a refusal
 NEEDS_SECRET = (
     "this broker lets nobody in without a login, and has no secret for links: set network.secret, the same at all brokers, or "
     'ask for links without one by name with network.allow = ["anonymous"]'
+)
+IN_DOUBT = (
+    "{} of its messages can't be told from repeats, and wait there: stop this link, then `pybroker network remove {}` there gives "
+    "them back to their queues"
 )
 
 Members = Mapping[str, tuple[str, ...]]  # name to native URLs
@@ -163,13 +167,7 @@ class BrokerNetwork:
         if refusal is None:
             await self._serve(self._connection(stream, ""), data)
             return
-        with trio.move_on_after(LAST_WORDS):
-            try:
-                await stream.send_all(encode_error(refusal.code, str(refusal)))
-                await linger(stream)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                log.debug("who dialled a link did not wait for the answer")
-        await trio.aclose_forcefully(stream)
+        await say_last(stream, error_frame(refusal))
 
     def _connection(self, stream: trio.abc.Stream, address: str) -> LinkConnection:
         network = self._network
@@ -335,17 +333,17 @@ class BrokerNetwork:
             peer = dialler.link.peer if dialler.link is not None else None
             name = peer.name if peer is not None else dialler.name or ",".join(dialler.urls)
             found[name] = {
-                "state": "dialling" if dialler.wanted else "gone",
+                "state": network_status.DIALLING if dialler.wanted else network_status.KEPT,
                 "address": ",".join(dialler.urls),
                 "seconds": None,
                 "trouble": dialler.trouble,
             }
         for name, link in self._links.items():
             found[name] = {
-                "state": "linked",
+                "state": network_status.LINKED,
                 "address": link.address or "it has dialled",
                 "seconds": now - link.since,
-                "trouble": f"{link.in_doubt} of its messages can't be told from repeats" if link.in_doubt else "",
+                "trouble": IN_DOUBT.format(link.in_doubt, self.name) if link.in_doubt else "",
             }
         return found
 

@@ -102,7 +102,7 @@ def network_status(data_dir: Path, as_json: bool) -> None:
     if status.peers:
         console.print(table)
     for peer in status.peers:
-        if peer.trouble and peer.state != LINKED:
+        if peer.trouble:
             console.print(Text(f"{peer.name or peer.address}: {peer.trouble}", style="yellow"))
     if status.at_hop_limit:
         console.print(

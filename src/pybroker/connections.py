@@ -18,6 +18,7 @@ RECEIVE_BYTES = 65_536  # most bytes of one read
 # What a peer may still send after the last frame, in bytes and seconds, so that it gets to read that frame.
 LINGER_BYTES_MAX = 64 * 1024 * 1024
 LINGER = 1.0
+LAST_WORDS = 1.0  # seconds in which who can't be served is told so
 
 
 class ServedConnection(Protocol):
@@ -31,6 +32,17 @@ class ServedConnection(Protocol):
 
     def beat(self, now: float) -> None:
         """Every now and then (`now` is trio's time): say that this side is there; end a peer that has gone silent."""
+
+
+async def say_last(stream: trio.abc.Stream, data: bytes) -> None:
+    """Send the only and last bytes to a peer that can't be served, let it read them, and close the stream."""
+    with trio.move_on_after(LAST_WORDS):
+        try:
+            await stream.send_all(data)
+            await linger(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("a peer did not wait for the answer")
+    await trio.aclose_forcefully(stream)
 
 
 async def linger(stream: trio.abc.Stream) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import trio
 
 from pybroker.config import BrokerConfig
-from pybroker.connections import ServedConnection, linger
+from pybroker.connections import ServedConnection, say_last
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, LimitExceeded
 from pybroker.listeners import ListenerConfig, check_exposure, make_ssl_context, parse_listener
@@ -234,10 +234,7 @@ async def _refuse(stream: trio.abc.Stream, error: BrokerError, native: bool) -> 
     else:
         headers = [("message", str(error)), ("code", error.code), ("content-type", "text/plain")]
         data = encode_frame("ERROR", headers, None, str(error).encode())
-    with trio.move_on_after(1), contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-        await stream.send_all(data)
-        await linger(stream)
-    await trio.aclose_forcefully(stream)
+    await say_last(stream, data)
 
 
 STOPPING = BrokerClosed("the broker is stopping: connect again later, or to another one")

@@ -21,7 +21,8 @@ ADDRESSES_MAX = 16  # of one broker or set
 EXPECTED = "expected pybroker://HOST:PORT or pybroker+ssl://HOST:PORT (an IPv6 address stands in brackets)"
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z0-9+.-]+)://(\[(?P<six>[^\[\]]*)\]|(?P<host>[^\[\]:@/?#]*)):(?P<port>[0-9]{1,5})")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # a longer or an empty one can't even be looked up
+_HOST_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
 
 class NativeAddress(NamedTuple):
