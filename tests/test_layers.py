@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "pybroker"
 
 # Layer -> the modules or subpackages in it. "" is the package's own __init__.py.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "values": ("message", "destination", "config", "errors", "operations"),
+    "values": ("message", "destination", "config", "errors", "operations", "policies"),
     "core": ("core",),
     "protocols": ("protocols",),
     "store": ("store",),
@@ -39,8 +39,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("broker", "client", "subscription", "local_client", "local_subscription"),
         *("connecting", "connect_options", "addresses", "remote_client", "remote_connection", "remote_events"),
         *("remote_lifeline", "remote_search", "remote_sending", "remote_subscription", "remote_waiting"),
-        *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings"),
-        *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "__main__", ""),
+        *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings", "policy_settings"),
+        *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "__main__", ""),
     ),
 }
 
@@ -63,8 +63,8 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "msgpack": ("store", "protocols", "cluster", "run time"),
     "trio": ("cluster", "run time", "face"),
     "pydantic": ("settings.py",),
-    "click": ("cli.py", "cli_messages.py", "cli_replica.py", "cli_network.py"),
-    "rich": ("cli.py", "cli_output.py", "cli_network.py", "cli_replica.py"),
+    "click": ("cli.py", "cli_messages.py", "cli_replica.py", "cli_network.py", "cli_policy.py"),
+    "rich": ("cli.py", "cli_output.py", "cli_network.py", "cli_replica.py", "cli_policy.py"),
 }
 
 # Pure: no clock, randomness, socket, thread or file. So of the standard library only what has none of these.

@@ -12,6 +12,7 @@ from pybroker.config import (
     Limits,
     NativeLimits,
     NetworkConfig,
+    PolicyEntry,
     ReplicaSetConfig,
     StompLimits,
 )
@@ -41,6 +42,7 @@ from pybroker.errors import (
     UnknownDelivery,
 )
 from pybroker.network_status import NetworkStatus, PeerStatus
+from pybroker.policies import DestinationPolicy
 from pybroker.remote_client import RemoteClient
 from pybroker.remote_events import ClientStatistics, ConnectionEvent
 from pybroker.settings import load_config
@@ -66,6 +68,7 @@ __all__ = [
     "ConnectionEvent",
     "CorruptRecord",
     "DeliveryPolicy",
+    "DestinationPolicy",
     "DestinationStatistics",
     "InvalidDestination",
     "InvalidMessage",
@@ -76,6 +79,7 @@ __all__ = [
     "NetworkStatus",
     "NotLeader",
     "PeerStatus",
+    "PolicyEntry",
     "ProtocolError",
     "Publisher",
     "ReceivedMessage",

@@ -19,12 +19,14 @@ from pybroker.cluster.leader import LeadershipLost
 from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
 from pybroker.core.consumer import Connection
+from pybroker.destination import parse_destination
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, ProtocolError, StoreError
 from pybroker.keeper import Alone, Keeper, Term, close_store, make_spool, reopening
 from pybroker.local_client import LocalClient
 from pybroker.network_membership import Membership, remove_peer
 from pybroker.network_status import NetworkStatus
+from pybroker.policies import DestinationPolicy, Explained, Policies
 from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
@@ -43,6 +45,7 @@ class Broker:
         self.software = f"pybroker/{version('pybroker')}"
         self._keeper = keeper
         self._membership = membership or Membership(config, self.software)
+        self._policies = Policies(config.policy, config.limits, config.delivery)
         self._engine: Engine | None = None
         self._server = Server(config, self._serving, self.software)
         self._role = ("starting", 0)
@@ -117,6 +120,14 @@ class Broker:
             full=core.disk_full,
             destinations=tuple(queue_statistics(queue) for queue in core.queues.values()),
         )
+
+    def policy(self, destination: str) -> DestinationPolicy:
+        """What holds for a destination (``/queue/NAME``, ``/topic/NAME``). Raises InvalidDestination."""
+        return self._policies.of(parse_destination(destination))
+
+    def explain_policy(self, destination: str) -> list[Explained]:
+        """Each value of a destination's policy, with its unit and where it comes from. Raises InvalidDestination."""
+        return self._policies.explain(parse_destination(destination))
 
     def network_status(self) -> NetworkStatus:
         """The brokers that this one is linked with, or knows, at this moment. Raises as `statistics`."""
@@ -204,6 +215,7 @@ class Broker:
                 "status": self._status,
                 "network-status": self._network_status,
                 "network-remove": self._network_remove,
+                "policy-show": self._policy_show,
                 **self._keeper.commands(),
             }
             await nursery.start(ControlServer(self.config.data_dir, commands).run)
@@ -216,6 +228,9 @@ class Broker:
 
     async def _network_remove(self, request: Mapping[str, Any]) -> int:
         return await self.remove_peer(str(request.get("peer", "")))
+
+    async def _policy_show(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [each._asdict() for each in self.explain_policy(str(request.get("destination", "")))]
 
     @asynccontextmanager
     async def _serve_term(self, term: Term, nursery: trio.Nursery) -> AsyncIterator[None]:

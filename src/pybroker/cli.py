@@ -18,6 +18,7 @@ from pybroker.broker import Broker, open_broker, single
 from pybroker.cli_messages import DEFAULT_URL, receive, send
 from pybroker.cli_network import network, network_flags
 from pybroker.cli_output import make_console
+from pybroker.cli_policy import policy
 from pybroker.cli_replica import LEADER, check_flags, replica, replica_set_flags
 from pybroker.config import BrokerConfig
 from pybroker.control import ask
@@ -39,6 +40,7 @@ def cli() -> None:
 
 cli.add_command(replica)
 cli.add_command(network)
+cli.add_command(policy)
 cli.add_command(send)
 cli.add_command(receive)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,14 @@ class DeliveryPolicy:
     dead_letter_queue: str = "/queue/ActiveMQ.DLQ"  # ActiveMQ's name for it
     durable_default: bool = True  # whether a STOMP SEND without a `persistent` header is durable
     expiry_interval: float = 1.0  # seconds between two sweeps for messages that have expired
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """One entry ``[[policy]]``, checked: a pattern (``/queue/a.>``) and the values of `pybroker.policies` that it sets."""
+
+    match: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +194,7 @@ class BrokerConfig:
     replica_set  membership in a replica set (needs ``data_dir``, a ``name`` of its own, and lets only the leader open
                 the listeners); None = a broker on its own
     network     membership in a network of brokers; None = a broker that others can't find
+    policy      what holds for destinations that match a pattern (see `pybroker.policies`); in TOML tables ``[[policy]]``
     """
 
     name: str = "pybroker"
@@ -203,6 +212,7 @@ class BrokerConfig:
     delivery: DeliveryPolicy = DeliveryPolicy()
     replica_set: ReplicaSetConfig | None = None
     network: NetworkConfig | None = None
+    policy: tuple[PolicyEntry, ...] = ()
 
     @property
     def network_name(self) -> str:

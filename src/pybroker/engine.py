@@ -95,6 +95,7 @@ class Engine:
             network=config.network,
             network_name=config.network_name,
             life=life(),
+            policies=config.policy,
         )
         self.journal = Journal(
             store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write

@@ -33,6 +33,7 @@ from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import ConfigurationError, InvalidDestination
 from pybroker.listeners import check_exposure, parse_listener
 from pybroker.network_settings import network_faults
+from pybroker.policy_settings import policy_entries
 from pybroker.replica_settings import TLS_FIELDS, replica_set_faults
 from pybroker.users import parse_hash
 
@@ -120,7 +121,8 @@ def make_config(config: BrokerConfig | None = None, **overrides: object) -> Brok
 
     An override is a field of `BrokerConfig`. ``stomp``, ``native``, ``limits``, ``delivery``, ``replica_set`` and ``network`` are
     given whole as a dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` and ``network=None``
-    are a broker on its own. Text does for a path, any list or tuple for a tuple.
+    are a broker on its own. ``policy`` is a list of mappings with ``match`` and values. Text does for a path, any list or tuple
+    for a tuple.
 
     >>> make_config(limits={"prefetch_default": 10}).limits.prefetch_default
     10
@@ -196,6 +198,8 @@ def _model(parent: str | None = None) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(kind)):
         path = prefix + name
+        if path == "policy":  # checked by `policy_entries`
+            continue
         kept: Any = _model(path) if path in NESTED else _annotation(path, hints[name])
         fields[name] = (kept | None if path in OPTIONAL else kept, ...)
     # The models' own names never show: faults are told with the fields' paths.
@@ -259,6 +263,7 @@ def _expected(path: str) -> str:
 def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
     from pydantic import ValidationError
 
+    policy = policy_entries(values.pop("policy", ()), faults)
     if isinstance(values.get("users"), Mapping):
         values["users"] = dict(values["users"])
     try:
@@ -276,7 +281,7 @@ def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
             continue
         built[name] = kind(**{field: getattr(nested, field) for field in type(nested).model_fields})
     built["users"] = MappingProxyType(built["users"])
-    return BrokerConfig(**built)
+    return BrokerConfig(**built, policy=policy)
 
 
 def _told(fault: str, location: tuple[int | str, ...], value: object) -> str:

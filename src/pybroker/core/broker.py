@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
+from pybroker.config import DeliveryPolicy, Limits, NetworkConfig, PolicyEntry
 from pybroker.core import mending, producers, retiring, settling, subscriptions, transactions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
@@ -53,6 +53,7 @@ from pybroker.operations import (
     QueueRecord,
     StoredEntry,
 )
+from pybroker.policies import Policies
 
 ROUTES_MAX = 10_000  # topic names whose subscribers are remembered
 
@@ -85,9 +86,11 @@ class Core:
         network: NetworkConfig | None = None,
         network_name: str = "",
         life: str = "",
+        policies: Iterable[PolicyEntry] = (),
     ) -> None:
         self.limits = limits
         self.delivery = delivery
+        self.policies = Policies(policies, limits, delivery)
         self.now = now  # milliseconds since the Unix epoch, set by the caller before each turn
         self.operations: list[Operation] = []
         self.spool_operations: list[Operation] = []

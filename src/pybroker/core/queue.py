@@ -18,6 +18,7 @@ from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
 from pybroker.core.window import Window
+from pybroker.destination import TOPIC, Destination
 from pybroker.message import Message
 from pybroker.operations import (
     DELETE_MESSAGE,
@@ -64,6 +65,7 @@ class Queue:
         "next_sequence",
         "outstanding",
         "page",
+        "policy",
         "queue_id",
         "routes",
         "size",
@@ -84,6 +86,7 @@ class Queue:
         self.name = record.name
         self.client_id = record.client_id
         self.subscription = record.subscription
+        self.policy = core.policies.of(self.destination) if self.kind != LINK else core.policies.base
         self.next_sequence = record.next_sequence
         self.count = record.count  # stored messages, ready or outstanding
         self.size = record.size  # bytes of these
@@ -106,6 +109,11 @@ class Queue:
         self.routes: dict[Peer, tuple[int, frozenset[str]]] | None = None  # who of the network wants its messages
         self.stranded: list[Entry] = []  # those of `outstanding` that are at the hop limit
         self.counts = QueueCounts()
+
+    @property
+    def destination(self) -> Destination:
+        """What it is a queue of; for a subscription the topic (or pattern)."""
+        return Destination(QUEUE if self.kind == QUEUE else TOPIC, self.name)
 
     @property
     def depth(self) -> int:

@@ -18,7 +18,7 @@ DUE_ROWS_MAX = 1_000  # rows of the expiry index that one sweep reads at a time
 
 
 def dead_letter_due(core: Core, entry: Entry) -> bool:
-    limit = core.delivery.deliveries_max
+    limit = entry.queue.policy.deliveries_max
     if (
         not limit or entry.deliveries < limit or entry.queue.kind == LINK
     ):  # on a link, to be sent again is no failed try

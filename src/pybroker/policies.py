@@ -1,0 +1,148 @@
+"""Destination policies: what holds for a destination, and which entry of the configuration says so. Owns the table of values.
+
+An entry ``[[policy]]`` has a pattern (``match``) and some values. For a destination each *value* comes from the most specific
+entry that matches and sets it; what no entry sets has its default. Specific is, from the left, part by part: the end of the name
+before a literal part before ``*`` before ``>``. So of all patterns that match one name, one goes first.
+
+A value is one field of `DestinationPolicy`: add one there, and it is read, checked, resolved and shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
+from pybroker.destination import Destination, matches, parse_destination
+
+DELIVERY = DeliveryPolicy()
+REMEMBERED_MAX = 10_000  # destinations whose policy is remembered
+NUMBER_MAX = 2**53  # what a number may be at most: beyond it JSON and TOML readers disagree
+
+
+def value(
+    default: Any,
+    unit: str,
+    doc: str,
+    *,
+    inherits: str = "",
+    low: float = 0,
+    high: float = NUMBER_MAX,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A value of the policy: its default, unit and meaning.
+
+    `inherits`: the field of the configuration that is the default where it is given. `low`, `high`: what a number may be at least
+    and at most. `choices`: what a text may be.
+    """
+    facts = {"unit": unit, "doc": doc, "inherits": inherits, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DestinationPolicy:
+    """What holds for one destination."""
+
+    deliveries_max: int = value(
+        DELIVERY.deliveries_max,
+        "deliveries",
+        "deliveries before a message is a dead letter; 0 = no limit",
+        inherits="delivery.deliveries_max",
+        high=2**31 - 1,
+    )
+
+
+VALUES: Mapping[str, Field[Any]] = MappingProxyType({each.name: each for each in fields(DestinationPolicy)})
+
+
+class Explained(NamedTuple):
+    """One value of a destination's policy. `source`: the pattern of an entry, a field of the configuration, or ``default``."""
+
+    name: str
+    value: Any
+    unit: str
+    source: str
+    doc: str
+
+
+def specificity(pattern: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
+    """A key by which the patterns that match a name are in order, the most specific one first.
+
+    >>> sorted([("a", ">"), (">",), ("a", "*"), ("a", "b"), ("a",)], key=specificity)
+    [('a',), ('a', 'b'), ('a', '*'), ('a', '>'), ('>',)]
+    """
+    ranks = {"*": 2, ">": 3}
+    return (*((ranks.get(part, 1), part) for part in pattern), (0, ""))
+
+
+class Policies:
+    """The entries of a configuration. Resolves each destination once, and remembers a bounded number of them."""
+
+    def __init__(self, entries: Iterable[PolicyEntry], limits: Limits, delivery: DeliveryPolicy) -> None:
+        found = [(parse_destination(entry.match), entry) for entry in entries]
+        found.sort(key=lambda each: specificity(each[0].parts))
+        self._entries = tuple(found)
+        given = {"limits": limits, "delivery": delivery}
+        self._inherited: dict[str, Any] = {}
+        for name, each in VALUES.items():
+            table, _, field_name = each.metadata["inherits"].partition(".")
+            if table:
+                self._inherited[name] = getattr(given[table], field_name)
+        self.base = DestinationPolicy(**self._inherited)
+        self._resolved: dict[Destination, DestinationPolicy] = {}
+
+    def of(self, destination: Destination) -> DestinationPolicy:
+        """What holds for a destination. (A durable subscription of a topic's pattern has what holds for the pattern as a name.)"""
+        if not self._entries:
+            return self.base
+        policy = self._resolved.get(destination)
+        if policy is None:
+            if len(self._resolved) >= REMEMBERED_MAX:
+                self._resolved.clear()
+            chosen = {name: entry.values[name] for name, entry in self._sources(destination).items()}
+            policy = self._resolved[destination] = DestinationPolicy(**{**self._inherited, **chosen})
+        return policy
+
+    def all(self) -> Iterable[DestinationPolicy]:
+        """What holds for each pattern of the entries, as a name, and where none matches: every value is there that can apply."""
+        return [self.base, *(self.of(pattern) for pattern, _ in self._entries)]
+
+    def _sources(self, destination: Destination) -> dict[str, PolicyEntry]:
+        """The entry that each value comes from, for those that one sets."""
+        sources: dict[str, PolicyEntry] = {}
+        for pattern, entry in self._entries:
+            if pattern.kind == destination.kind and matches(pattern.parts, destination.parts):
+                for name in entry.values:
+                    sources.setdefault(name, entry)
+        return sources
+
+    def explain(self, destination: Destination) -> list[Explained]:
+        """Each value that holds for a destination, with its source."""
+        policy = self.of(destination)
+        sources = self._sources(destination)
+        found = []
+        for name, each in VALUES.items():
+            facts = each.metadata
+            source = sources[name].match if name in sources else facts["inherits"] or "default"
+            found.append(Explained(name, getattr(policy, name), facts["unit"], source, facts["doc"]))
+        return found
+
+
+def fault_of(name: str, given: Any) -> str:
+    """What is wrong with a value of an entry, "" when it can be taken: what is expected."""
+    each = VALUES[name]
+    facts = each.metadata
+    kind: Any = type(each.default)
+    if kind is bool:
+        return "" if isinstance(given, bool) else "true or false"
+    if kind is str:
+        choices = facts["choices"]
+        if isinstance(given, str) and (not choices or given in choices):
+            return ""
+        return "one of " + ", ".join(map(repr, choices)) if choices else "text"
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    if (whole or (kind is float and isinstance(given, float))) and facts["low"] <= given <= facts["high"]:
+        return ""
+    return f"a {'whole ' if kind is int else ''}number of {facts['unit']}, {facts['low']:g} to {facts['high']:,}"
