@@ -17,7 +17,10 @@ PACKAGE = Path(__file__).parent.parent / "src" / "pybroker"
 
 # Layer -> the modules or subpackages in it. "" is the package's own __init__.py.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "values": ("message", "destination", "config", "errors", "operations", "policies"),
+    "values": (
+        *("message", "destination", "errors", "operations"),
+        *("config", "consumer_options", "policies"),
+    ),
     "core": ("core",),
     "protocols": ("protocols",),
     "store": ("store",),

@@ -97,6 +97,9 @@ class Client(ABC):
         ack: str = "individual",
         prefetch: int | None = None,
         durable_name: str | None = None,
+        selector: str = "",
+        exclusive: bool = False,
+        priority: int = 0,
     ) -> Subscription:
         """A subscription, to be used as an async context manager and then iterated.
 
@@ -104,6 +107,9 @@ class Client(ABC):
                        ``"individual"``: each on its own
         prefetch       messages that may be with you unacknowledged
         durable_name   makes a durable subscription of a topic, which collects while you are away (needs a client id)
+        selector       only messages that it is true for; "" = all
+        exclusive      of the exclusive consumers of a queue one gets everything
+        priority       -128 to 127: consumers with a higher one are served first, while they have credit
         """
 
     @abstractmethod

@@ -21,6 +21,7 @@ from pybroker.client import (
     check_in_flight,
     make_message,
 )
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
@@ -122,8 +123,13 @@ class LocalClient(Client):
         ack: str = "individual",
         prefetch: int | None = None,
         durable_name: str | None = None,
+        selector: str = "",
+        exclusive: bool = False,
+        priority: int = 0,
     ) -> LocalSubscription:
-        return LocalSubscription(self, destination, ack, prefetch, durable_name)
+        return LocalSubscription(
+            self, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
+        )
 
     async def remove_subscription(self, durable_name: str) -> None:
         core = self._begin_turn()

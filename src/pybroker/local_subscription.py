@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Consumer
 from pybroker.core.entry import SENT, Entry
 from pybroker.errors import BrokerError, SubscriptionError
@@ -22,13 +23,20 @@ class LocalSubscription(Subscription):
     """Messages of one destination. Used as an async context manager; leaving it returns what was not acknowledged."""
 
     def __init__(
-        self, client: LocalClient, destination: str, ack: str, prefetch: int | None, durable_name: str | None
+        self,
+        client: LocalClient,
+        destination: str,
+        ack: str,
+        prefetch: int | None,
+        durable_name: str | None,
+        options: ConsumerOptions,
     ) -> None:
         self.destination = destination
         self._client = client
         self._ack_mode = ack
         self._prefetch = prefetch
         self._durable_name = durable_name
+        self._options = options
         self._consumer: Consumer | None = None
         self._buffer: deque[Entry] = deque()
         self._arrived = trio.Event()
@@ -44,6 +52,7 @@ class LocalSubscription(Subscription):
             self._ack_mode,
             prefetch=self._prefetch,
             durable_name=self._durable_name,
+            options=self._options,
             context=self,
         )
         self._consumer = consumer

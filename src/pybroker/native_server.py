@@ -40,6 +40,7 @@ from pybroker.protocols.native_frames import (
     encode_ended,
     encode_failed,
     encode_members,
+    unpack_options,
 )
 from pybroker.protocols.native_session import Event, LinkOpening, NativeSession, Opening, Violation
 
@@ -357,6 +358,7 @@ class NativeConnection:
             mode,
             prefetch=prefetch,
             durable_name=event.durable or None,
+            options=unpack_options(event.options),
             context=receiver,
         )
         consumer.last_tag = self._last_tag

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pybroker.client import IN_FLIGHT_DEFAULT, Client, Confirmation, Headers
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.message import PRIORITY_DEFAULT
 from pybroker.protocols.native_sends import row_size
 from pybroker.remote_events import ClientStatistics, ConnectionEvents
@@ -68,8 +69,13 @@ class RemoteClient(Client):
         ack: str = "individual",
         prefetch: int | None = None,
         durable_name: str | None = None,
+        selector: str = "",
+        exclusive: bool = False,
+        priority: int = 0,
     ) -> RemoteSubscription:
-        return RemoteSubscription(self._lifeline, destination, ack, prefetch, durable_name)
+        return RemoteSubscription(
+            self._lifeline, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
+        )
 
     async def remove_subscription(self, durable_name: str) -> None:
         check_durable_name(durable_name)

@@ -17,6 +17,7 @@ import trio
 
 from pybroker.cluster.native_urls import NativeAddress
 from pybroker.connect_options import ConnectOptions
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.errors import (
     AuthenticationFailed,
     BrokerClosed,
@@ -423,13 +424,19 @@ class Lifeline:
             connection.wake()
 
     def ask_subscription(
-        self, subscription: RemoteSubscription, destination: str, ack: str, prefetch: int, durable: str
+        self,
+        subscription: RemoteSubscription,
+        destination: str,
+        ack: str,
+        prefetch: int,
+        durable: str,
+        options: ConsumerOptions,
     ) -> int:
         """The subscription's number on this connection."""
         connection = self._live
         if connection is None:
             return 0  # it is over already; the next one asks again
-        number = connection.session.subscribe(subscription, destination, ack, prefetch, durable)
+        number = connection.session.subscribe(subscription, destination, ack, prefetch, durable, options)
         self._attached[number] = subscription
         connection.wake()
         return number

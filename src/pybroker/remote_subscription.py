@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import (
     BrokerClosed,
@@ -72,13 +73,20 @@ class RemoteSubscription(Subscription):
     """Messages of one destination, over one connection after the other."""
 
     def __init__(
-        self, lifeline: Lifeline, destination: str, ack: str, prefetch: int | None, durable_name: str | None
+        self,
+        lifeline: Lifeline,
+        destination: str,
+        ack: str,
+        prefetch: int | None,
+        durable_name: str | None,
+        options: ConsumerOptions,
     ) -> None:
         self.destination = destination
         self.lifeline = lifeline
         self._ack_mode = ack
         self._prefetch = prefetch
         self._durable_name = durable_name
+        self._options = options
         self._entered = False
         self._opened = trio.Event()
         self._attachment: Attachment | None = None
@@ -154,6 +162,7 @@ class RemoteSubscription(Subscription):
             self._ack_mode,
             min(self._prefetch or 0, PREFETCH_MAX),
             self._durable_name or "",
+            self._options,
         )
         self._attachment = Attachment(number)
 

@@ -286,6 +286,7 @@ class StompConnection:
             prefetch=event.prefetch,
             durable_name=event.durable_name,
             client_id=event.client_id or ANY_CLIENT,
+            options=event.options,
             context=_Subscription(key, name, head, {} if by_message else None),
         )
         self._by_key[key] = consumer

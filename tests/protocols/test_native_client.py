@@ -174,8 +174,8 @@ def test_requests_and_their_answers() -> None:
     session.remove("r", "d")
     session.credit(second, 9)
     assert pair.said() == [
-        Subscribe(1, 1, "/queue/q", "auto", 5, ""),
-        Subscribe(2, 2, "/topic/t", "individual", 0, "d"),
+        Subscribe(1, 1, "/queue/q", "auto", 5, "", {}),
+        Subscribe(2, 2, "/topic/t", "individual", 0, "d", {}),
         Unsubscribe(3, 1),
         wire.Remove(4, "d"),
         wire.Credit(2, 9),

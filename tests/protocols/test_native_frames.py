@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pybroker.errors import LimitExceeded, ProtocolError
+from pybroker.consumer_options import ConsumerOptions
+from pybroker.errors import LimitExceeded, ProtocolError, SubscriptionError
 from pybroker.message import Message, encode_headers
 from pybroker.protocols import native_decoding, native_frames
 from pybroker.protocols import native_frames as wire
@@ -84,7 +85,7 @@ FRAMES: dict[str, tuple[Callable[..., bytes], st.SearchStrategy[tuple[Any, ...]]
     ),
     "SUBSCRIBE": (
         wire.encode_subscribe,
-        st.tuples(requests, numbers, texts, texts, numbers, texts),
+        st.tuples(requests, numbers, texts, texts, numbers, texts, options),
         wire.Subscribe,
     ),
     "UNSUBSCRIBE": (wire.encode_unsubscribe, st.tuples(requests, numbers), wire.Unsubscribe),
@@ -114,6 +115,21 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, Any]:
     if kind is wire.Hello:
         return encode(*chosen), kind(chosen[1], chosen[0])
     return encode(*chosen), kind(*chosen)
+
+
+@given(st.builds(ConsumerOptions, selector=texts, exclusive=st.booleans(), priority=st.integers(-128, 127)))
+def test_a_consumers_options_come_out_as_they_went_in(chosen: ConsumerOptions) -> None:
+    packed = wire.pack_options(chosen)
+    assert wire.unpack_options(packed) == chosen
+    assert set(packed) == {name for name in ("selector", "exclusive", "priority") if getattr(chosen, name)}
+
+
+@pytest.mark.parametrize(
+    "packed", [{"colour": "red"}, {"selector": 1}, {"exclusive": 1}, {"priority": True}, {"priority": 128}]
+)
+def test_options_that_are_not_what_they_should_be_are_refused(packed: dict[str, Any]) -> None:
+    with pytest.raises(SubscriptionError):
+        wire.unpack_options(packed)
 
 
 def plain(value: Any) -> Any:

@@ -276,7 +276,7 @@ def test_durable_true_on_a_queue_is_no_durable_subscription() -> None:
     [
         (b"id:0\n", "destination"),
         (b"id:0\ndestination:/queue/a\nack:maybe\n", "client-individual"),
-        (b"id:0\ndestination:/queue/a\nselector:a = 1\n", "selector"),
+        (b"id:0\ndestination:/queue/a\nactivemq.priority:high\n", "activemq.priority"),
         (b"id:0\ndestination:/topic/a\nactivemq.subscriptionName:n\n", "client-id"),
         (b"id:0\ndestination:/queue/a\nactivemq.prefetchSize:0\n", "activemq.prefetchSize"),
         (b"id:0\ndestination:/queue/a\nactivemq.prefetchSize:-1\n", "activemq.prefetchSize"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.core.entry import Entry
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Consumer:
         "holding",
         "last_tag",
         "listed",
+        "options",
         "queue",
         "sink",
         "size",
@@ -55,7 +57,14 @@ class Consumer:
     )
 
     def __init__(
-        self, connection: Connection, queue: Queue, ack_mode: str, prefetch: int, size_max: int, context: Any
+        self,
+        connection: Connection,
+        queue: Queue,
+        ack_mode: str,
+        prefetch: int,
+        size_max: int,
+        context: Any,
+        options: ConsumerOptions = PLAIN,
     ) -> None:
         self.connection = connection
         self.sink = connection.sink
@@ -69,6 +78,7 @@ class Consumer:
         self.holding = 0
         self.listed = False  # it stands in its queue's list of consumers that may be given something
         self.context = context
+        self.options = options
 
     @property
     def able(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
 from pybroker.core.entry import Entry
 from pybroker.core.queue import BACKLOG, DELETED, SUBSCRIPTION, Queue
@@ -24,6 +25,7 @@ def subscribe(
     prefetch: int | None = None,
     durable_name: str | None = None,
     client_id: str | None = None,
+    options: ConsumerOptions = PLAIN,
     context: Any = None,
 ) -> Consumer:
     """Make a consumer of a queue or topic; what is ready is dispatched by `start`.
@@ -41,6 +43,7 @@ def subscribe(
     elif prefetch < 1:
         raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
     prefetch = min(prefetch, limits.prefetch_max)
+    _check_options(options)
     target = parse_destination(destination)
     if target.kind == QUEUE:
         if durable_name is not None:
@@ -53,11 +56,20 @@ def subscribe(
     else:
         queue = core.new_queue(BACKLOG, target.name)
         core.route(queue)
-    consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context)
+    consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context, options)
     connection.consumers[consumer] = None
     queue.consumers.add(consumer)
     core.links.joined(queue)
     return consumer
+
+
+def _check_options(options: ConsumerOptions) -> None:
+    if options.selector:
+        raise SubscriptionError("selectors are not supported: subscribe without one")
+    if options.exclusive:
+        raise SubscriptionError("exclusive consumers are not supported: subscribe without")
+    if options.priority:
+        raise SubscriptionError("consumer priorities are not supported: subscribe without one")
 
 
 def start(core: Core, consumer: Consumer) -> None:

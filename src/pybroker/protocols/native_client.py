@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.errors import BrokerError, BrokerUnavailable, ProtocolError, SendInDoubt
 from pybroker.protocols import native_frames as wire
 from pybroker.protocols.native_decoding import FrameCutter, HeaderBlocks, decode_frame
@@ -39,6 +40,7 @@ from pybroker.protocols.native_frames import (
     encode_remove,
     encode_subscribe,
     encode_unsubscribe,
+    pack_options,
 )
 from pybroker.protocols.native_sends import FRAME_BYTES_MAX, Sends, Submission
 
@@ -233,12 +235,22 @@ class NativeClientSession:
         if self.state != OPEN:
             raise RuntimeError(f"nothing can be asked for on a connection that is {self.state}")
 
-    def subscribe(self, context: Any, destination: str, ack: str, prefetch: int, durable: str) -> int:
+    def subscribe(
+        self,
+        context: Any,
+        destination: str,
+        ack: str,
+        prefetch: int,
+        durable: str,
+        options: ConsumerOptions = PLAIN,
+    ) -> int:
         """The number of the new subscription, which its deliveries have."""
         self._check_open()
         self._numbers.subscription += 1
         number = self._numbers.subscription
-        self._output.append(encode_subscribe(self._request(context), number, destination, ack, prefetch, durable))
+        self._output.append(
+            encode_subscribe(self._request(context), number, destination, ack, prefetch, durable, pack_options(options))
+        )
         return number
 
     def unsubscribe(self, context: Any, number: int) -> None:

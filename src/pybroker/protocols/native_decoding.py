@@ -240,6 +240,10 @@ def _commit(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Commit:
 
 
 def _subscribe(fields: tuple[Any, ...], _: HeaderBlocks) -> Subscribe:
+    options: dict[str, Any] = {}
+    if len(fields) == 7:  # the first clients sent none
+        options = mapping(fields[6], "options")
+        fields = fields[:6]
     request, subscription, destination, ack, prefetch, durable = _fields(fields, 6)
     return Subscribe(
         number(request, "request", 1),
@@ -248,6 +252,7 @@ def _subscribe(fields: tuple[Any, ...], _: HeaderBlocks) -> Subscribe:
         text(ack, "ack", 32),
         number(prefetch, "prefetch"),
         text(durable, "durable"),
+        options,
     )
 
 

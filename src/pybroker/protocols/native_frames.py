@@ -7,11 +7,14 @@ A frame is a length of four bytes, big endian, and so many bytes of msgpack: an 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from struct import Struct
 from typing import Any, NamedTuple
 
 import msgpack
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
+from pybroker.errors import SubscriptionError
 from pybroker.message import Message
 
 MAGIC = "pybroker"  # the second item of a HELLO
@@ -95,7 +98,10 @@ class Commit(NamedTuple):
 
 
 class Subscribe(NamedTuple):
-    """`ack`: individual, cumulative or auto; `prefetch` 0 = the broker's default; `durable` "" = not durable."""
+    """`ack`: individual, cumulative or auto; `prefetch` 0 = the broker's default; `durable` "" = not durable.
+
+    `options`: of `ConsumerOptions` those that are not as usual.
+    """
 
     request: int
     subscription: int
@@ -103,6 +109,7 @@ class Subscribe(NamedTuple):
     ack: str
     prefetch: int
     durable: str
+    options: Mapping[str, Any]
 
 
 class Unsubscribe(NamedTuple):
@@ -189,6 +196,7 @@ Frame = (
     | Confirm | Refused | Done | Failed | Deliver | Ended | Members
 )  # fmt: skip
 
+_USUAL = asdict(PLAIN)
 _length = Struct(">I")
 _pack = msgpack.Packer(use_bin_type=True).pack
 
@@ -241,9 +249,30 @@ def encode_commit(
 
 
 def encode_subscribe(
-    request: int, subscription: int, destination: str, ack: str, prefetch: int = 0, durable: str = ""
+    request: int,
+    subscription: int,
+    destination: str,
+    ack: str,
+    prefetch: int = 0,
+    durable: str = "",
+    options: Mapping[str, Any] | None = None,
 ) -> bytes:
-    return pack_frame((SUBSCRIBE, request, subscription, destination, ack, prefetch, durable))
+    return pack_frame((SUBSCRIBE, request, subscription, destination, ack, prefetch, durable, dict(options or {})))
+
+
+def pack_options(options: ConsumerOptions) -> dict[str, Any]:
+    """Of the options those that are not as usual."""
+    return {name: value for name, usual in _USUAL.items() if (value := getattr(options, name)) != usual}
+
+
+def unpack_options(packed: Mapping[str, Any]) -> ConsumerOptions:
+    """The options of a SUBSCRIBE. Raises SubscriptionError for those that are not known, or are not what they should be."""
+    for name, value in packed.items():
+        if name not in _USUAL:
+            raise SubscriptionError(f"option {name[:80]!r} is not one of {', '.join(_USUAL)}")
+        if value.__class__ is not _USUAL[name].__class__:
+            raise SubscriptionError(f"option {name} must be of type {_USUAL[name].__class__.__name__}")
+    return ConsumerOptions(**packed)
 
 
 def encode_unsubscribe(request: int, subscription: int) -> bytes:

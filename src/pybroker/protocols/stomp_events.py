@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.errors import BrokerError
 from pybroker.message import Message
 from pybroker.protocols.stomp_headers import Headers
@@ -87,7 +88,7 @@ class Subscribe(Event):
     need not be a client id.
     """
 
-    __slots__ = ("ack", "client_id", "destination", "durable_name", "headers", "id", "prefetch", "receipt")
+    __slots__ = ("ack", "client_id", "destination", "durable_name", "headers", "id", "options", "prefetch", "receipt")
 
     def __init__(
         self,
@@ -99,10 +100,12 @@ class Subscribe(Event):
         client_id: str | None,
         receipt: bytes | None,
         headers: Headers,
+        options: ConsumerOptions = PLAIN,
     ) -> None:
         self.id = id
         self.destination = destination
         self.ack = ack
+        self.options = options
         self.prefetch = prefetch
         self.durable_name = durable_name
         self.client_id = client_id

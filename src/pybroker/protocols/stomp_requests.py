@@ -7,14 +7,16 @@ It must never keep state. Follows "Client Frames" of STOMP 1.0, 1.1 and 1.2 (htt
   (or ``durable-subscription-name``) in SUBSCRIBE. As RabbitMQ has it: ``durable:true``, ``auto-delete:false`` and the
   subscription's ``id`` as its name, for topics only.
 * ``activemq.prefetchSize`` from 1; ``prefetch-count`` from 1, or 0 for no limit.
-* A non-empty ``selector`` is refused: without it a consumer would get what it does not want.
+* ``selector``, ``activemq.exclusive`` and ``activemq.priority``: see `ConsumerOptions`.
 * ``producer-id`` and ``producer-sequence`` in COMMIT: see `stomp_numbered`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.errors import ProtocolError
 from pybroker.protocols.stomp_events import (
     Abort,
@@ -34,6 +36,7 @@ from pybroker.protocols.stomp_numbered import NUMBERED, parse_numbered
 ACK_MODES = ("auto", "client", "client-individual")
 _HEARTBEAT_DIGITS_MAX = 10
 _PREFETCH_DIGITS_MAX = 10
+_PRIORITY = re.compile(r"-?[0-9]{1,3}", re.ASCII)
 _TRANSACTION_EVENTS: dict[bytes, type[Begin | Commit | Abort]] = {b"BEGIN": Begin, b"COMMIT": Commit, b"ABORT": Abort}
 _ACK_EVENTS = {b"ACK": Ack, b"NACK": Nack}
 
@@ -96,8 +99,6 @@ def _subscribe(headers: Headers, version: str, client_id: str | None, receipt: b
     ack = first(headers, "ack") or "auto"
     if ack not in ACK_MODES:
         raise ProtocolError(f"SUBSCRIBE header ack must be {', '.join(ACK_MODES)}, not {shown(ack)}")
-    if first(headers, "selector"):
-        raise ProtocolError("SUBSCRIBE header selector: selectors are not supported, leave it out")
     client_id = first(headers, "client-id") or client_id
     durable_name = _durable_name(headers)
     if durable_name and client_id is None:
@@ -106,8 +107,28 @@ def _subscribe(headers: Headers, version: str, client_id: str | None, receipt: b
         durable_name = identifier
         if identifier is None:
             raise ProtocolError("a durable subscription needs the header id, which is its name")
-    prefetch = _prefetch(headers)
-    return Subscribe(identifier, destination, cast(AckMode, ack), prefetch, durable_name, client_id, receipt, headers)
+    return Subscribe(
+        identifier,
+        destination,
+        cast(AckMode, ack),
+        _prefetch(headers),
+        durable_name,
+        client_id,
+        receipt,
+        headers,
+        _options(headers),
+    )
+
+
+def _options(headers: Headers) -> ConsumerOptions:
+    selector = first(headers, "selector") or ""
+    exclusive = first(headers, "activemq.exclusive") == "true"
+    priority = first(headers, "activemq.priority") or "0"
+    if not _PRIORITY.fullmatch(priority):
+        raise ProtocolError(f"SUBSCRIBE header activemq.priority must be a whole number, not {shown(priority)}")
+    if not (selector or exclusive or int(priority)):
+        return PLAIN
+    return ConsumerOptions(selector, exclusive, int(priority))
 
 
 def _durable_name(headers: Headers) -> str | None:
