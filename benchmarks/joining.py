@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--discovery", required=True, help="where the brokers find each other")
     parser.add_argument("--rate", type=float, default=200.0, help="messages a second to each broker")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one stretch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--joiner", action="store_true", help="be the broker that joins, when told on stdin")
     parser.add_argument("--others", type=int, default=0, help="how many brokers it is to be linked with")
     options = parser.parse_args()

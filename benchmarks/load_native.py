@@ -63,12 +63,15 @@ class Flow:
 
     async def _send(self, messages: int, ends: float) -> None:
         chunks, durable = self._chunks, not self._options.volatile
-        goal = self.sent + messages
+        before, rate, started = self.sent, self._options.rate, trio.current_time()
+        goal = before + messages
         async with self._sender.publisher(max_in_flight=IN_FLIGHT_MAX) as publisher:
             while self.sent < goal if messages else time.perf_counter() < ends:
                 while self.sent - self.expected.received > self._options.behind:
                     self._received = trio.Event()
                     await self._received.wait()
+                if rate:
+                    await trio.sleep_until(started + (self.sent - before) / rate)
                 await publisher.send_many(chunks[self._chunks_sent % CYCLE_CHUNKS], durable=durable)
                 self._chunks_sent += 1
         self._all_sent = True
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=0, help=f"a multiple of {CHUNK_MESSAGES}; 0 = by --seconds")
     parser.add_argument("--seconds", type=float, default=4.0, help="for which it sends")
     parser.add_argument("--behind", type=int, default=BEHIND_MAX, help="messages that may be sent and not yet received")
+    parser.add_argument("--rate", type=float, default=0.0, help="messages a second; 0 = as fast as it goes")
     parser.add_argument("--warm", type=int, default=5_000, help="messages before it counts")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--volatile", action="store_true", help="messages are not durable")

@@ -53,33 +53,46 @@ def cpu(result: dict[str, Any]) -> list[float]:
 # ---- a hop
 
 
-def hop_row(name: str, alone: Rounds, linked: Rounds, judged: bool) -> Row:
-    """What two brokers take beyond one."""
+def hop_row(name: str, alone: Rounds, linked: Rounds, flat_out: Rounds, judged: bool) -> Row:
+    """What two brokers take beyond one that does the same work: as many messages a second.
+
+    A broker takes less for a message the more of them come at once. One that goes as fast as it can works at a higher rate, in larger
+    batches: its figure has a row of its own.
+    """
     hop = linked.cpu_us - alone.cpu_us
     return Row(
         case="network",
         name=f"CPU of a hop for a message, {name}",
         figure=hop,
         unit="µs",
-        beside="one broker alone",
+        beside="one broker at that rate",
         beside_figure=alone.cpu_us,
         target="< one broker's own" if judged else "",
         met=hop < alone.cpu_us if judged else None,
-        details={"alone": alone.results, "linked": linked.results},
+        details={"alone": alone.results, "linked": linked.results, "flat_out": flat_out.results},
     )
 
 
 def hop_rows(settings: Settings, name: str, arguments: tuple[str, ...], judged: bool) -> Iterator[Row]:
-    """From one broker to the next, beside one broker alone, in turns."""
-    alone, linked = Rounds(), Rounds()
+    """From one broker to the next, beside one broker at the same rate, and one as fast as it goes, in turns."""
+    alone, linked, flat_out = Rounds(), Rounds(), Rounds()
     flow = ("--behind", str(BEHIND_MAX), *arguments)
     for _ in range(settings.rounds):
-        for count, rounds in ((1, alone), (2, linked)):
+        for count, rounds in ((2, linked), (1, alone), (1, flat_out)):
+            pace = ("--rate", str(linked.results[-1]["rate"])) if rounds is alone else ()
             with brokers(settings, count) as (servers, _):
-                rounds.results.append(run_child("benchmarks.load_native", load(settings, servers, *flow)))
+                rounds.results.append(run_child("benchmarks.load_native", load(settings, servers, *flow, *pace)))
             parts = " + ".join(f"{each:.1f}" for each in cpu(rounds.results[-1]))
             settings.say(f"{name}, {count} broker(s): {rounds.results[-1]['rate']:,.0f} msg/s, {parts} µs CPU")
-    yield hop_row(name, alone, linked, judged)
+    yield hop_row(name, alone, linked, flat_out, judged)
+    yield Row(
+        case="network",
+        name=f"    the same beside a broker that goes as fast as it can, {name}",
+        figure=linked.cpu_us - flat_out.cpu_us,
+        unit="µs",
+        beside="one broker flat out",
+        beside_figure=flat_out.cpu_us,
+    )
     yield Row(
         case="network",
         name=f"    messages from one broker to the next, {name}",
@@ -87,8 +100,8 @@ def hop_rows(settings: Settings, name: str, arguments: tuple[str, ...], judged: 
         unit="msg/s",
         low=min(linked.values("rate")),
         high=max(linked.values("rate")),
-        beside="one broker alone",
-        beside_figure=alone.median("rate"),
+        beside="one broker flat out",
+        beside_figure=flat_out.median("rate"),
         cpu_us=linked.cpu_us,
     )
 

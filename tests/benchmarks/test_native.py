@@ -102,11 +102,11 @@ def rounds(*each):
 
 @pytest.mark.parametrize(("each", "met"), [((10.0, 9.0), True), ((10.0, 11.0), False)])
 def test_a_hop_costs_what_two_brokers_take_beyond_one(each, met):
-    found = network.hop_row("durable", rounds(10.0), rounds(*each), judged=True)
+    found = network.hop_row("durable", rounds(10.0), rounds(*each), rounds(5.0), judged=True)
     assert found.figure == pytest.approx(sum(each) - 10.0)
     assert found.beside_figure == pytest.approx(10.0)
     assert found.met is met
-    assert network.hop_row("durable", rounds(10.0), rounds(*each), judged=False).met is None
+    assert network.hop_row("durable", rounds(10.0), rounds(*each), rounds(5.0), judged=False).met is None
 
 
 @pytest.mark.parametrize(("two", "met"), [(11.0, True), (11.2, False)])

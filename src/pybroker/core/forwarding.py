@@ -113,17 +113,19 @@ def original(message: Message) -> Message:
 
 def pass_on(links: Links, queue: Queue, message: Message) -> bool:
     """Forward a message that has just come, and that nothing is in front of; False when it has to stay."""
-    if len(_passed(message)) >= links.config.hops_max:
+    route = message.route
+    if route is not None and len(route.passed) >= links.config.hops_max:
         return False
     peer = _choose(links, queue, message)
     if peer is None:
         return False
     queue.counts.forwarded += 1
-    deliveries = message.route.deliveries if message.route is not None else 0
-    message.route = _route(
-        _passed(message), links.name, (), deliveries, message.priority
-    )  # it has come just now: nobody else has it
-    links.lane(peer).accept(message)
+    # It has come just now: nobody else has this object.
+    if route is None:
+        message.route = links.first_routes[message.priority]
+    else:
+        message.route = _route(route.passed, links.name, (), route.deliveries, message.priority)
+    (peer.lane or links.lane(peer)).accept(message)
     return True
 
 

@@ -26,7 +26,7 @@ from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import QUEUE, Destination, matches, parse_destination
 from pybroker.errors import BrokerError, InvalidDestination, SendInDoubt, UnknownDelivery
-from pybroker.message import Message
+from pybroker.message import PRIORITY_MAX, Message, Route
 from pybroker.operations import DELETE_PEER, PUT_PEER, PeerRecord
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class Links:
         self.changed: dict[Link, None] = {}  # links whose peer has to be told something, in order
         self.releasing: set[Queue] = set()  # of peers that were removed
         self.dropped = 0  # copies for brokers that can't be reached any more, or at the hop limit
+        self.first_routes = [Route((name,), (), 0, priority) for priority in range(PRIORITY_MAX + 1)]  # from here on
         self.demand = DemandTable(name, self.config.hops_max)
         self.topics: SubscriptionTree[Key] = SubscriptionTree()  # demand for topics that has a way
         self._wanted: dict[str, set[Key]] = {}  # demand for queues that has a way, by destination

@@ -7,7 +7,6 @@ that a value under another's key is detected too. Integers in keys and values ar
 
 from __future__ import annotations
 
-from functools import lru_cache
 from hashlib import sha256
 from itertools import pairwise
 from struct import Struct
@@ -57,8 +56,6 @@ VERSION = 1  # of each value
 ROUTED_VERSION = 2  # of a message's that has a route, and of none else
 DIGEST_BYTES = 16  # of the SHA-256 of a producer's id or a peer's name, in their keys
 CHECKSUM_BYTES = 4
-ROUTES_REMEMBERED = 256
-ROUTE_REMEMBERED = 16  # names in the longest one of these
 RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
 
 _key8 = Struct(">BQ").pack
@@ -250,17 +247,24 @@ def _encode_routed(key: bytes, message: Message, route: Route) -> bytes:
             message_id,
             destination,
             message.header_block,
-            _route_section(route) if len(route.passed) + len(route.targets) <= ROUTE_REMEMBERED else _pack_route(route),
+            _route_section(route),
             message.body,
         )
     )
     return payload + _checksum(crc32(payload, crc32(key)))
 
 
-@lru_cache(maxsize=ROUTES_REMEMBERED)
+_last_section: tuple[Route | None, bytes] = (None, b"")
+
+
 def _route_section(route: Route) -> bytes:
-    """Many messages take the same route."""
-    return _pack_route(route)
+    """A route as it is stored. The last one is remembered: messages that follow each other have mostly one object as theirs."""
+    global _last_section
+    last, section = _last_section
+    if route is not last:
+        section = _pack_route(route)
+        _last_section = route, section
+    return section
 
 
 def _pack_route(route: Route) -> bytes:
