@@ -63,6 +63,7 @@ class Limits:
     store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full
     disk_free_bytes_min: int = 64 * 1024 * 1024  # with less room than this on the store's disk producers wait
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
+    selector_bytes_max: int = 4_096  # one selector
     destinations_max: int = 100_000  # queues and durable subscriptions together
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets

@@ -60,6 +60,24 @@ class SubscriptionError(BrokerError):
     code = "subscription"
 
 
+class InvalidSelector(BrokerError):
+    """A selector can't be understood. The text says where the fault is and what was expected there.
+
+    `position` counts characters from 0, `line` and `column` from 1; `expected`: what could stand there.
+    """
+
+    code = "selector"
+
+    def __init__(
+        self, text: str, *, position: int = 0, line: int = 1, column: int = 1, expected: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(text)
+        self.position = position
+        self.line = line
+        self.column = column
+        self.expected = expected
+
+
 class UnknownDelivery(BrokerError):
     """An acknowledgement names a delivery that is not outstanding on this connection."""
 

@@ -1,0 +1,77 @@
+"""Compiled selectors: made once of each text, and kept. Owns the cache, and the reading of headers for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from pybroker.errors import InvalidSelector
+from pybroker.message import Message, decode_headers
+from pybroker.selectors.evaluation import Truth, header_name, truth_of
+from pybroker.selectors.syntax import Comparison, Junction, Literal, Name, Node, parse
+
+CACHED_MAX = 1_000  # compiled selectors that are remembered beside those in use
+
+
+class Selector(NamedTuple):
+    """A selector that was understood.
+
+    text     as it was given
+    matches  whether it is true for a message (unknown is not true); never raises
+    equals   (header, value) when it can only be true where that header is equal to that text or number, else None
+    """
+
+    text: str
+    matches: Callable[[Message], bool]
+    equals: tuple[str, str | int | float] | None
+
+
+def compile_selector(text: str, bytes_max: int | None = None) -> Selector:
+    """The selector of a text. `bytes_max`: how long it may be. Raises InvalidSelector, which says where the fault is."""
+    if bytes_max is not None and (len(text) > bytes_max or len(text.encode(errors="replace")) > bytes_max):
+        raise InvalidSelector(
+            f"the selector is longer than limits.selector_bytes_max, which is {bytes_max}: make it shorter",
+            position=bytes_max,
+        )
+    return _compile(text)
+
+
+@lru_cache(maxsize=CACHED_MAX)
+def _compile(text: str) -> Selector:
+    node = parse(text)
+    return Selector(text, _matcher(truth_of(node)), _equality(node))
+
+
+def _matcher(truth: Truth) -> Callable[[Message], bool]:
+    def matches(message: Message) -> bool:
+        return truth(headers_of(message), message) is True
+
+    return matches
+
+
+_last: tuple[bytes, dict[str, str]] = (b"", {})
+
+
+def headers_of(message: Message) -> dict[str, str]:
+    """A message's headers, the first of each name. Those of the last message are kept: many selectors may be asked about it."""
+    global _last
+    block, headers = _last
+    if block is not message.header_block:
+        block = message.header_block
+        headers = dict(reversed(decode_headers(block)))
+        _last = block, headers
+    return headers
+
+
+def _equality(node: Node) -> tuple[str, str | int | float] | None:
+    """Of a comparison by ``=``, or the first such one among parts that must all be true."""
+    if isinstance(node, Junction) and node.every:
+        return next((found for part in node.parts if (found := _equality(part))), None)
+    if not isinstance(node, Comparison) or node.operator != "=":
+        return None
+    name, literal = (node.left, node.right) if isinstance(node.left, Name) else (node.right, node.left)
+    if not isinstance(name, Name) or not isinstance(literal, Literal) or literal.value.__class__ is bool:
+        return None
+    header = header_name(name.name)
+    return None if header is None else (header, literal.value)
