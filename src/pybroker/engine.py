@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import trio
 
+from pybroker.alarm import Alarm
 from pybroker.config import BrokerConfig
 from pybroker.core.broker import Core
 from pybroker.core.consumer import Consumer
@@ -107,6 +108,7 @@ class Engine:
         self._reader = trio.CapacityLimiter(1)
         self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest](float("inf"))
         self._touched: list[Sink] = []
+        self._alarm = Alarm(lambda: self.clock_ms())  # for what is due next in the core
         self._room = trio.Event()
         self._room_wanted = False
         self._ended = trio.Event()
@@ -144,6 +146,9 @@ class Engine:
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
             self.journal.add(operations, held, spool, bool(core.dirty))
+        if core.redeliveries.moved:
+            core.redeliveries.moved = False
+            self._alarm.set(core.redeliveries.next_due)
         if core.links.changed:
             for link in core.links.changed:  # `flush` asks for the news
                 self._touch(link.sink)
@@ -243,6 +248,7 @@ class Engine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._while_usable, self._run_reads)
                 nursery.start_soon(self._while_usable, self._run_sweeps)
+                nursery.start_soon(self._while_usable, self._run_due)
                 if self.mender is not None:
                     nursery.start_soon(self._while_usable, self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
@@ -337,6 +343,14 @@ class Engine:
             core.disk_full = self._disk_full(self.config.data_dir)
             core.freed = core.freed or not core.disk_full
             core.sweep()
+            self.end_turn()
+
+    async def _run_due(self) -> None:
+        while True:
+            await self._alarm.wait()
+            core = self.begin_turn()
+            core.redeliveries.moved = True  # the alarm has to be set again
+            core.redeliveries.release_due()
             self.end_turn()
 
     def _disk_full(self, data_dir: Path | None) -> str:

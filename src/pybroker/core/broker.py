@@ -28,6 +28,7 @@ from pybroker.core.links import Links, Peer
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
+from pybroker.core.redelivery import Redeliveries
 from pybroker.core.shared import SharedBodies
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import Destination, parse_destination
@@ -105,6 +106,7 @@ class Core:
         self.disk_full = ""  # why the disk has no room, as the caller found it; "" when it has
         self.page_below = max(limits.window_messages_max // 2, 1)  # a window below this asks for its next page
         self.expiries = Expiries()
+        self.redeliveries = Redeliveries(self)
         self.shared = SharedBodies()
         self.due_removed: set[tuple[int, int]] | None = None  # (queue id, order) that went while the index is read
         self.connections: dict[Connection, None] = {}
