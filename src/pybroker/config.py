@@ -69,6 +69,8 @@ class Limits:
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
     turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn
+    browse_messages_max: int = 256  # messages of one page of a browser, and of one step of a purge, move or copy
+    browse_bytes_max: int = 1024 * 1024  # bytes of these (one message always may)
     producers_max: int = (
         20_000  # producers whose stored sequences are remembered; the one unused for longest goes first
     )

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import trio
 
-from pybroker.alarm import Alarm
 from pybroker.config import BrokerConfig
 from pybroker.core.broker import Core
+from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest
@@ -106,9 +106,8 @@ class Engine:
         self.mender = Mender(fetch) if fetch is not None else None  # where there are other copies of the store
         self._spool = spool
         self._reader = trio.CapacityLimiter(1)
-        self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest](float("inf"))
+        self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest | BrowseRequest](float("inf"))
         self._touched: list[Sink] = []
-        self._alarm = Alarm(lambda: self.clock_ms())  # for what is due next in the core
         self._room = trio.Event()
         self._room_wanted = False
         self._ended = trio.Event()
@@ -146,9 +145,6 @@ class Engine:
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
             self.journal.add(operations, held, spool, bool(core.dirty))
-        if core.redeliveries.moved:
-            core.redeliveries.moved = False
-            self._alarm.set(core.redeliveries.next_due)
         if core.links.changed:
             for link in core.links.changed:  # `flush` asks for the news
                 self._touch(link.sink)
@@ -248,7 +244,6 @@ class Engine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._while_usable, self._run_reads)
                 nursery.start_soon(self._while_usable, self._run_sweeps)
-                nursery.start_soon(self._while_usable, self._run_due)
                 if self.mender is not None:
                     nursery.start_soon(self._while_usable, self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
@@ -286,6 +281,8 @@ class Engine:
         async for request in self._reads:
             if isinstance(request, PageRequest):
                 await self._read_page(request)
+            elif isinstance(request, BrowseRequest):
+                await self._read_browsed(request)
             else:
                 await self._read_due(request)
             self.end_turn()
@@ -320,6 +317,25 @@ class Engine:
             mended,
         )
 
+    async def _read_browsed(self, request: BrowseRequest) -> None:
+        queue = request.queue
+        what = (queue.queue_id, request.cursor.position, request.count_max, request.size_max)
+        spooled = self.core.spooled > 0
+
+        def read() -> Pages:
+            return self.store.read_page(*what), self._spool.read_page(*what) if spooled else None
+
+        pages: Pages = await self._in_reader(read)
+        stored, transient = pages
+        bounds = [page.next_order for page in pages if page is not None and page.next_order is not None]
+        self.begin_turn().browse_loaded(
+            request,
+            stored.entries,
+            transient.entries if transient is not None else [],
+            min(bounds, default=None),
+            len(stored.unread),
+        )
+
     async def _read_due(self, request: DueRequest) -> None:
         spooled = self.core.spooled > 0
 
@@ -343,14 +359,6 @@ class Engine:
             core.disk_full = self._disk_full(self.config.data_dir)
             core.freed = core.freed or not core.disk_full
             core.sweep()
-            self.end_turn()
-
-    async def _run_due(self) -> None:
-        while True:
-            await self._alarm.wait()
-            core = self.begin_turn()
-            core.redeliveries.moved = True  # the alarm has to be set again
-            core.redeliveries.release_due()
             self.end_turn()
 
     def _disk_full(self, data_dir: Path | None) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
+from pybroker.config import DeliveryPolicy, Limits
 from pybroker.core.broker import Core
+from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.queue import Queue
@@ -109,7 +110,7 @@ class Batch:
 class Read:
     """A read under way."""
 
-    request: PageRequest | DueRequest
+    request: PageRequest | DueRequest | BrowseRequest
     spooled: bool = False
     stored: Any = None
     transient: Any = None
@@ -120,17 +121,9 @@ class Read:
 class Driver:
     """One broker's store, through as many lives of its core as a test likes."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        delivery: DeliveryPolicy,
-        observer: Observer,
-        now: int = 1_000_000,
-        policies: tuple[PolicyEntry, ...] = (),
-    ) -> None:
+    def __init__(self, limits: Limits, delivery: DeliveryPolicy, observer: Observer, now: int = 1_000_000) -> None:
         self.limits = limits
         self.delivery = delivery
-        self.policies = policies
         self.observer = observer
         self.backend = MemoryBackend()
         self.now = now
@@ -162,18 +155,11 @@ class Driver:
             producers=self.store.producers,
             peers=self.store.peers,
             now=self.now,
-            policies=self.policies,
         )
 
     def _make_spool(self) -> Store:
         self.spool_store = Store.open(MemoryBackend())
         return self.spool_store
-
-    def wait(self, milliseconds: int) -> None:
-        """Let time pass, and do what is due then, as the engine's alarm does."""
-        self.now += milliseconds
-        self.begin_turn().redeliveries.release_due()
-        self.end_turn()
 
     def connect(self, client_id: str = "") -> Connection:
         return self.core.connect(None, client_id)
@@ -293,7 +279,10 @@ class Driver:
         read.steps += 1
         return True
 
-    def _read_from(self, source: Any, request: PageRequest | DueRequest) -> Any:
+    def _read_from(self, source: Any, request: PageRequest | DueRequest | BrowseRequest) -> Any:
+        if isinstance(request, BrowseRequest):
+            start = request.cursor.position
+            return source.read_page(request.queue.queue_id, start, request.count_max, request.size_max)
         if isinstance(request, PageRequest):
             return source.read_page(request.queue.queue_id, request.start, request.count_max, request.size_max)
         return source.read_due(request.now, request.count_max, request.after)
@@ -321,6 +310,10 @@ class Driver:
             ]
             entries = transient.entries if transient is not None else []
             bound = min(bounds, default=None)
+            if isinstance(request, BrowseRequest):
+                core.browse_loaded(request, stored.entries, entries, bound, len(stored.unread))
+                self.end_turn()
+                return
             core.page_loaded(request, stored.entries, entries, bound, stored.unread, read.mended)
         self.end_turn()
 

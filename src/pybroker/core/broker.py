@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig, PolicyEntry
-from pybroker.core import mending, producers, retiring, settling, subscriptions, transactions
+from pybroker.core import browsing, mending, producers, retiring, settling, subscriptions, transactions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -28,7 +28,6 @@ from pybroker.core.links import Links, Peer
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
-from pybroker.core.redelivery import Redeliveries
 from pybroker.core.shared import SharedBodies
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import Destination, parse_destination
@@ -106,7 +105,6 @@ class Core:
         self.disk_full = ""  # why the disk has no room, as the caller found it; "" when it has
         self.page_below = max(limits.window_messages_max // 2, 1)  # a window below this asks for its next page
         self.expiries = Expiries()
-        self.redeliveries = Redeliveries(self)
         self.shared = SharedBodies()
         self.due_removed: set[tuple[int, int]] | None = None  # (queue id, order) that went while the index is read
         self.connections: dict[Connection, None] = {}
@@ -471,6 +469,12 @@ class Core:
     expire_held = retiring.expire_held
     sweep = retiring.sweep
     due_loaded = retiring.due_loaded
+
+    # ---- looking into queues, and moving what is there: see browsing.py
+
+    browse = browsing.browse
+    moving = browsing.moving
+    browse_loaded = browsing.browse_loaded
 
     # ---- whole values for bad ones: see mending.py
 

@@ -35,6 +35,7 @@ from pybroker.operations import (
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
+    from pybroker.core.browsing import Removals
     from pybroker.core.links import Peer
 
 QUEUE = "queue"  # /queue/NAME
@@ -57,8 +58,6 @@ class Queue:
         "core",
         "count",
         "counts",
-        "delayed",
-        "delayed_size",
         "dirty",
         "dispatched",
         "head",
@@ -69,11 +68,11 @@ class Queue:
         "page",
         "policy",
         "queue_id",
+        "removals",
         "routes",
         "size",
         "spooled",
         "spooled_size",
-        "stalled",
         "stranded",
         "subscription",
         "tail",
@@ -103,6 +102,7 @@ class Queue:
         self.window = Window()
         self.tail: int | None = record.head if record.count else None
         self.page: PageRequest | None = None
+        self.removals: Removals | None = None  # what goes while somebody moves messages
         self.outstanding: dict[int, Entry] = {}
         self.consumers: set[Consumer] = set()
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
@@ -111,9 +111,6 @@ class Queue:
         )  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
         self.routes: dict[Peer, tuple[int, frozenset[str]]] | None = None  # who of the network wants its messages
         self.stranded: list[Entry] = []  # those of `outstanding` that are at the hop limit
-        self.delayed: dict[int, Entry] = {}  # those of `outstanding` that wait for their redelivery
-        self.delayed_size = 0
-        self.stalled: dict[Consumer, None] | None = None  # so much waits; who could be given something meanwhile
         self.counts = QueueCounts()
 
     @property
@@ -309,9 +306,6 @@ class Queue:
     def list_consumer(self, consumer: Consumer) -> None:
         """Let a consumer that is able again take part in the dispatch."""
         if not consumer.listed and consumer.able:
-            if self.stalled is not None:
-                self.stalled[consumer] = None
-                return
             consumer.listed = True
             self.available.append(consumer)
             if self.stranded:
@@ -367,6 +361,8 @@ class Queue:
                     core.due_removed.add((self.queue_id, entry.order))
         if self.page is not None and entry.order >= self.page.start:
             self.page.removed.add(entry.order)
+        if self.removals is not None:
+            self.removals.orders.add(entry.order)
         core.let_go(entry)
         core.freed = True
 
@@ -390,7 +386,6 @@ class Queue:
         for entry in entries:
             del self.outstanding[entry.order]
             shown = entry.state != HELD
-            holder = entry.consumer
             # A new object: the old one may stand in an outbox or in the held effects, and must mean nothing there.
             if not entry.stored and entry.message.expires:
                 core.expiries.discard(entry)
@@ -411,8 +406,6 @@ class Queue:
                 continue
             if self.kind == DELETED:
                 self.forget(entry)
-            elif shown and core.redeliveries.delays(self, holder):
-                core.redeliveries.hold(entry)
             else:
                 self._insert(entry)
 
@@ -562,7 +555,16 @@ class Queue:
 class QueueCounts:
     """Counters of one queue since the broker started."""
 
-    __slots__ = ("acknowledged", "corrupt", "dead_lettered", "enqueued", "expired", "forwarded", "redelivered")
+    __slots__ = (
+        "acknowledged",
+        "corrupt",
+        "dead_lettered",
+        "enqueued",
+        "expired",
+        "forwarded",
+        "redelivered",
+        "removed",
+    )
 
     def __init__(self) -> None:
         self.enqueued = 0
@@ -571,4 +573,5 @@ class QueueCounts:
         self.dead_lettered = 0
         self.expired = 0
         self.forwarded = 0
+        self.removed = 0  # purged, or moved elsewhere
         self.corrupt = 0

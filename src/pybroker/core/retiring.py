@@ -66,7 +66,6 @@ def expire_held(core: Core, entries: list[Entry]) -> None:
 def sweep(core: Core) -> None:
     """Remove what has expired by `now`, and what is too old of producers; what the store's index knows is asked for."""
     core.producers.sweep()
-    core.redeliveries.release_due()  # as the clock may have been set
     for entry in core.expiries.due(core.now):
         _expire_ready(core, entry.queue, entry.order)
     if core.due_removed is None:
@@ -115,6 +114,11 @@ def due_loaded(core: Core, request: DueRequest, rows: list[DueEntry], transient:
 
 def _expire_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> None:
     queue.counts.expired += 1
+    forget_unloaded(core, queue, row, stored)
+
+
+def forget_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> None:
+    """Remove a ready message for good that only the store (or else the spool) has."""
     operation = (DELETE_MESSAGE, queue.queue_id, row.order, row.expires, True)
     if stored:
         core.operations.append(operation)
@@ -128,6 +132,10 @@ def _expire_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> N
         core.spool_operations.append(operation)
         queue.transient -= 1
         core.count_spooled(queue, -1, -row.size)
+        if row.expires and core.due_removed is not None:
+            core.due_removed.add((queue.queue_id, row.order))
     if queue.page is not None and row.order >= queue.page.start:
         queue.page.removed.add(row.order)
+    if queue.removals is not None:
+        queue.removals.orders.add(row.order)
     core.freed = True

@@ -127,7 +127,6 @@ def remove_subscription(core: Core, client_id: str, name: str) -> None:
     del core.subscriptions[client_id, name]
     core.unroute(queue)
     core.links.unsubscribed(queue)
-    core.redeliveries.release(queue)
     queue.kind = DELETED
     if not queue.dirty:
         core.touch(queue)
@@ -145,7 +144,6 @@ def deleted(core: Core, queue: Queue) -> None:
 
 def _drop_backlog(core: Core, queue: Queue, entries: list[Entry]) -> None:
     core.unroute(queue)
-    core.redeliveries.release(queue)
     for entry in [*entries, *queue.window, *(queue.page.added.values() if queue.page else ())]:
         queue.outstanding.pop(entry.order, None)
         queue.forget(entry)
