@@ -1,4 +1,8 @@
-"""Destinations: ``/queue/NAME`` and ``/topic/NAME``. Owns parsing and matching of names; keeps no state.
+"""Destinations: ``/queue/NAME``, ``/topic/NAME`` and temporary ones. Owns parsing and matching of names; keeps no state.
+
+A temporary destination is ``/remote-temp-queue/ID`` or ``/remote-temp-topic/ID`` (ActiveMQ's words over STOMP) wherever it is
+named, with an id that nobody guesses and that is the same in the whole network. ``/temp-queue/NAME`` and ``/temp-topic/NAME``
+are names of one STOMP connection for its own.
 
 A name is made of parts divided by dots. In a pattern ``*`` stands for exactly one part and a last ``>`` for the
 rest, none included (as ActiveMQ has it: ``a.>`` matches ``a``, ``a.b`` and ``a.b.c``). Any other character stands
@@ -7,18 +11,24 @@ for itself, ``/`` too.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import NamedTuple
 
 from pybroker.errors import InvalidDestination
 
 QUEUE = "queue"
 TOPIC = "topic"
+TEMPORARY_QUEUE = "remote-temp-queue"
+TEMPORARY_TOPIC = "remote-temp-topic"
+TEMPORARY_KINDS = (TEMPORARY_QUEUE, TEMPORARY_TOPIC)
+LOCAL_PREFIXES = {"/temp-queue/": TEMPORARY_QUEUE, "/temp-topic/": TEMPORARY_TOPIC}  # of a connection's own names
+TEMPORARY_ID_CHARACTERS = 32
 NAME_BYTES_MAX = 1024  # a name longer than this, in UTF-8, is refused
 PARTS_MAX = 64  # bounds the depth of the subscription tree
 
 
 class Destination(NamedTuple):
-    """A parsed destination. ``kind`` is ``"queue"`` or ``"topic"``, ``name`` what follows the prefix."""
+    """A parsed destination. ``kind`` is the word of its prefix (``"queue"``, ``"topic"``, ...), ``name`` what follows."""
 
     kind: str
     name: str
@@ -36,12 +46,38 @@ class Destination(NamedTuple):
 
 
 def parse_destination(text: str) -> Destination:
-    """Parse ``/queue/NAME`` or ``/topic/NAME``; raise `InvalidDestination` with what was expected."""
-    for kind in (QUEUE, TOPIC):
+    """Parse ``/queue/NAME``, ``/topic/NAME`` or a temporary one; raise `InvalidDestination` with what was expected."""
+    for kind in (QUEUE, TOPIC, *TEMPORARY_KINDS):
         prefix = f"/{kind}/"
         if text.startswith(prefix):
-            return _checked(Destination(kind, text[len(prefix) :]), text)
+            target = _checked(Destination(kind, text[len(prefix) :]), text)
+            if target.is_pattern and kind in TEMPORARY_KINDS:
+                raise InvalidDestination(f"destination {_shown(text)} is a pattern: temporary ones have none")
+            return target
+    if text.startswith(tuple(LOCAL_PREFIXES)):
+        raise InvalidDestination(
+            f"destination {_shown(text)} is a STOMP connection's own name of a temporary one: "
+            "elsewhere it is known as /remote-temp-queue/ID or /remote-temp-topic/ID, as its reply-to header says"
+        )
     raise InvalidDestination(f"destination {_shown(text)} is not known: it must start with /queue/ or /topic/")
+
+
+def temporary_destination(kind: str, secret: str) -> Destination:
+    """The temporary destination of who knows a secret: its name tells nothing of that. `kind` is one of `TEMPORARY_KINDS`."""
+    return Destination(kind, sha256(f"{kind} {secret}".encode()).hexdigest()[:TEMPORARY_ID_CHARACTERS])
+
+
+def local_kind(text: str) -> str | None:
+    """What a connection's own name (``/temp-queue/NAME``) stands for: one of `TEMPORARY_KINDS`; None if it is no such name.
+
+    Raises InvalidDestination for a name that a destination can't have.
+    """
+    for prefix, kind in LOCAL_PREFIXES.items():
+        if text.startswith(prefix):
+            if _checked(Destination(kind, text[len(prefix) :]), text).is_pattern:
+                raise InvalidDestination(f"destination {_shown(text)} is a pattern: temporary ones have none")
+            return kind
+    return None
 
 
 def _checked(destination: Destination, text: str) -> Destination:

@@ -29,8 +29,9 @@ from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBodies
+from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
-from pybroker.destination import Destination, parse_destination
+from pybroker.destination import TEMPORARY_KINDS, Destination, parse_destination
 from pybroker.errors import (
     BrokerError,
     BrokerFull,
@@ -122,6 +123,7 @@ class Core:
         self.subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
         self._tree: SubscriptionTree[Queue] = SubscriptionTree()
+        self.temporaries = Temporaries(self)
         self._shrink_next: list[int] = []
         self.dead_letters = parse_destination(delivery.dead_letter_queue)
         if self.dead_letters.kind != QUEUE or self.dead_letters.is_pattern:
@@ -176,6 +178,8 @@ class Core:
             self.abort(connection, name)
         for consumer in list(connection.consumers):
             self.unsubscribe(consumer)
+        if connection.temporaries:
+            self.temporaries.disconnected(connection)
 
     # consumers: see subscriptions.py
 
@@ -211,7 +215,7 @@ class Core:
         """The queue of that name, made when there is none."""
         queue = self.by_destination.get(str(target))
         if queue is None:
-            self._check_destinations()
+            self.check_destinations()
             queue = self.add_named_queue(target)
         return queue
 
@@ -222,20 +226,22 @@ class Core:
         return queue
 
     def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
-        self._check_destinations()
+        self.check_destinations()
         return self.add_queue(kind, name, client_id, subscription)
 
-    def _check_destinations(self) -> None:
+    def check_destinations(self) -> None:
+        """Raise LimitExceeded when no more queues may be made."""
         limit = self.limits.destinations_max
         if len(self.queues) >= limit:
             raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
 
     def add_queue(self, kind: str, name: str, client_id: str, subscription: str) -> Queue:
-        queue = Queue(self, QueueRecord(self._new_id(), kind, name, client_id, subscription))
+        queue = Queue(self, QueueRecord(self.new_id(), kind, name, client_id, subscription))
         self.queues[queue.queue_id] = queue
         return queue
 
-    def _new_id(self) -> int:
+    def new_id(self) -> int:
+        """A number for a queue or body that was never used."""
         self._last_id += 1
         return self._last_id
 
@@ -251,12 +257,14 @@ class Core:
         self._tree.remove(tuple(queue.name.split(".")), queue)
         self._topics.clear()
 
-    def _target(self, text: str) -> Queue | Topic:
+    def _target(self, text: str) -> Queue | Topic | Temporaries:
         target = parse_destination(text)
         if target.is_pattern:
             raise InvalidDestination(f"{text} is a pattern: a message is sent to one name")
         if target.kind == QUEUE:
             return self.queue(target)
+        if target.kind in TEMPORARY_KINDS:
+            return self.temporaries
         if len(self._topics) >= ROUTES_MAX:
             self._topics.clear()
         topic = self._topics[text] = Topic(self._tree.match(target.parts), self.links.origins_of(target))
@@ -290,8 +298,10 @@ class Core:
         if target.__class__ is Queue:
             target.accept(message)
             return message.durable
-        assert isinstance(target, Topic)
-        return self._publish(message, target)
+        if target.__class__ is Topic:
+            return self._publish(message, target)
+        self.temporaries.send(message)
+        return False
 
     send_once = producers.send_once
 
@@ -321,7 +331,7 @@ class Core:
         subscribers = topic.subscribers
         shared = None
         if topic.durable > 1 and message.durable:
-            shared = self.shared.create(self._new_id(), topic.durable)
+            shared = self.shared.create(self.new_id(), topic.durable)
             self.shared.hold(shared)
             self.operations.append((PUT_BODY, shared.body_id, message, topic.durable))
         for queue in subscribers:

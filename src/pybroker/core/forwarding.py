@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pybroker.core.demand import hops
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.queue import Queue
-from pybroker.destination import QUEUE, Destination, parse_destination
+from pybroker.destination import QUEUE, TOPIC, Destination, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message, Route
 
@@ -217,6 +217,8 @@ def take(links: Links, message: Message) -> None:
         core.expired_on_arrival += 1
     elif target.kind == QUEUE:
         core.queue(target).accept(message)
+    elif target.kind != TOPIC:
+        core.temporaries.send(message)
     else:
         assert message.route is not None
         core.publish_for(message, message.route.targets)
@@ -236,5 +238,7 @@ def give_back(links: Links, queue: Queue, entry: Entry) -> None:
         if queue_there is None:  # whatever `destinations_max` says: it must not be lost
             queue_there = core.add_named_queue(target)
         queue_there.accept(message)
+    elif target.kind != TOPIC:
+        core.temporaries.send(message)
     else:
         publish(links, message, origins_of(links, target), route.targets)

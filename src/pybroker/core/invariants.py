@@ -8,9 +8,10 @@ from pybroker.core.broker import Core
 from pybroker.core.demand import Key
 from pybroker.core.entry import ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
 from pybroker.core.links import TOPIC_PREFIX, Links, Peer
-from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE as QUEUE_KIND
-from pybroker.destination import Destination
+from pybroker.destination import Destination, parse_destination
 from pybroker.message import Message
 
 
@@ -41,6 +42,26 @@ def check_invariants(core: Core) -> None:
     assert core.stored_bytes == stored, (core.stored_bytes, stored)
     assert core.spooled_bytes >= 0, core.spooled_bytes
     _check_producers(core)
+    _check_temporaries(core)
+
+
+def _check_temporaries(core: Core) -> None:
+    owned = {text: queue for connection in core.connections for text, queue in connection.temporaries.items()}
+    there = {text: queue for text, queue in core.by_destination.items() if isinstance(queue, TemporaryQueue)}
+    hubs = set(there.values())
+    for text, queue in there.items():
+        assert core.queues[queue.queue_id] is queue, queue
+        assert str(queue.destination) == text, (queue, text)
+        assert (queue.owner is None) == (text not in owned), (queue, "of somebody who does not know it")
+        assert queue.owner is not None or queue.routes is not None, (queue, "neither here nor elsewhere")
+        assert owned.get(text, queue) is queue, queue
+        assert all(consumer.connection is queue.owner for consumer in queue.consumers) or core.closing, queue
+    for each in core.queues.values():
+        if isinstance(each, TemporaryQueue) and each.hub is not None:
+            assert each.hub in hubs, each
+            assert each in each.hub.subscribers, each
+            assert len(each.consumers) == 1, each
+    assert owned.keys() <= there.keys(), owned.keys() - there.keys()
 
 
 def _check_producers(core: Core) -> None:
@@ -102,7 +123,7 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     if queue.available and queue.page is None:
         assert not window, (queue, "ready messages while a consumer could take them")
         assert queue.tail is None, (queue, "messages behind the window while a consumer waits, and no page asked for")
-    if queue.kind == BACKLOG:
+    if queue.kind in (BACKLOG, TEMPORARY):
         assert not queue.count, queue
     if queue.kind == QUEUE:
         assert not queue.subscription, queue
@@ -131,16 +152,17 @@ def _check_links(links: Links) -> None:
     of_links = {queue for peer in links.peers.values() for queue in peer.queues} | links.releasing
     for queue in core.queues.values():
         assert (queue.kind == LINK) == (queue in of_links), queue
-        if queue.kind == QUEUE:
+        if queue.kind in (QUEUE, TEMPORARY) and core.by_destination.get(str(queue.destination)) is queue:
             _check_routes(links, queue)
         else:
+            assert queue.kind != QUEUE, queue
             assert queue.routes is None, queue
     _check_demand(links)
 
 
 def _check_routes(links: Links, queue: Queue) -> None:
     """A queue knows who wants its messages; who may have the first one has got it, or will be asked when he has room."""
-    destination = Destination(QUEUE_KIND, queue.name)
+    destination = queue.destination
     wanted: dict[Peer, tuple[int, frozenset[str]]] = {}
     for key in _heard(links):
         if key.destination == str(destination) and links.allowed(destination):
@@ -171,6 +193,9 @@ def _check_demand(links: Links) -> None:
             target = Destination(QUEUE_KIND, queue.name)
             if queue.consumers and queue not in links._withheld and links.allowed(target):
                 own.add(Key(str(target), False, links.name))
+        elif isinstance(queue, TemporaryQueue):
+            if queue.owner is not None:
+                own.add(Key(str(queue.destination), False, links.name))
         elif queue.kind in (SUBSCRIPTION, BACKLOG):
             own.add(Key(TOPIC_PREFIX + queue.name, queue.kind == SUBSCRIPTION, links.name))
     assert links.demand._own.keys() == own, (links.demand._own, own)

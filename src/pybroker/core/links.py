@@ -22,9 +22,9 @@ from pybroker.config import NetworkConfig
 from pybroker.core import forwarding, producers
 from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
 from pybroker.core.demand import Added, DemandTable, Dropped, Key, News
-from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
+from pybroker.core.queue import BACKLOG, LINK, SUBSCRIPTION, TEMPORARY, Queue
 from pybroker.core.topics import SubscriptionTree
-from pybroker.destination import QUEUE, Destination, matches, parse_destination
+from pybroker.destination import QUEUE, TEMPORARY_KINDS, TOPIC, Destination, matches, parse_destination
 from pybroker.errors import BrokerError, InvalidDestination, SendInDoubt, UnknownDelivery
 from pybroker.message import PRIORITY_MAX, Message, Route
 from pybroker.operations import DELETE_PEER, PUT_PEER, PeerRecord
@@ -140,7 +140,9 @@ class Links:
     # ---- what this broker's own clients consume
 
     def allowed(self, target: Destination) -> bool:
-        """Whether messages of a destination cross links."""
+        """Whether messages of a destination cross links. Temporary ones do: a reply goes where the request came from."""
+        if target.kind in TEMPORARY_KINDS:
+            return True
 
         def fits(pattern: Destination) -> bool:
             return pattern.kind == target.kind and matches(pattern.parts, target.parts)
@@ -152,7 +154,7 @@ class Links:
         if queue.kind == QUEUE:
             self._consumed[queue] = None
             self._tell_own(queue)
-        elif queue.kind != LINK and queue.kind != SUBSCRIPTION:
+        elif queue.kind == BACKLOG:
             self._plain[queue.name] += 1
             if self._plain[queue.name] == 1:
                 self.demand.set_own(TOPIC_PREFIX + queue.name, False, True)
@@ -165,7 +167,7 @@ class Links:
                 self._consumed.pop(queue, None)
                 self._withheld.discard(queue)
             self._tell_own(queue)
-        elif queue.kind != LINK and queue.kind not in (SUBSCRIPTION, DELETED):
+        elif queue.kind == BACKLOG:
             self._plain[queue.name] -= 1
             if not self._plain[queue.name]:
                 del self._plain[queue.name]
@@ -213,13 +215,22 @@ class Links:
                 self._withheld.add(queue)
                 self._tell_own(queue)
 
+    def temporary(self, destination: str, there: bool) -> None:
+        """There is a temporary destination of a client of this broker, or there is not any more."""
+        self.demand.set_own(destination, False, there)
+        self._note()
+
+    def wanted(self, destination: str) -> bool:
+        """Whether a queue, or a temporary destination, is consumed by another broker that can be reached."""
+        return destination in self._wanted
+
     # ---- what others consume
 
     def hear(self, link: Link, whole: bool, adds: Sequence[Added], drops: Sequence[Dropped]) -> None:
         """The peer of a link tells its demand. Raises InvalidDestination, LimitExceeded."""
         for destination, durable, _, _ in adds:
             target = parse_destination(destination)
-            if target.kind == QUEUE and (target.is_pattern or durable):
+            if target.kind != TOPIC and (target.is_pattern or durable):
                 raise InvalidDestination(f"{destination} can't be demanded so: a queue is demanded by its name")
         durable_before = {key for key in self.demand.heard(link.peer.name) if key.durable}
         touched = self.demand.hear(link.peer.name, whole, adds, drops)
@@ -259,7 +270,7 @@ class Links:
         for key in keys:
             target = parse_destination(key.destination)
             there = self.demand.best(key) is not None
-            if target.kind == QUEUE:
+            if target.kind != TOPIC:
                 wanted = self._wanted.setdefault(key.destination, set())
                 if there:
                     wanted.add(key)
@@ -281,13 +292,15 @@ class Links:
             if queue is not None:
                 self.route(queue)
                 queue.dispatch()
+                if queue.kind == TEMPORARY:
+                    self.core.temporaries.rerouted(queue)
         self._note()
 
     def route(self, queue: Queue) -> None:
         """Let a queue know which peers want its messages: of each the shortest way, and the origins by that peer."""
-        destination = f"/queue/{queue.name}"
+        destination = str(queue.destination)
         routes: dict[Peer, tuple[int, frozenset[str]]] = {}
-        if destination in self._wanted and self.allowed(Destination(QUEUE, queue.name)):
+        if destination in self._wanted and self.allowed(queue.destination):
             for key in sorted(self._wanted[destination]):
                 best = self.demand.best(key)
                 assert best is not None

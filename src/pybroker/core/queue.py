@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 QUEUE = "queue"  # /queue/NAME
 SUBSCRIPTION = "subscription"  # a durable subscription to a topic
 BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
+TEMPORARY = "temporary"  # of one connection, see temporary.py; its messages are never stored
 LINK = "link"  # what is on its way to another broker of the network, in order of forwarding
 DELETED = "deleted"  # a durable subscription whose messages are being removed
 UNREAD_MAX = 4_096  # orders of unreadable messages that a queue remembers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pybroker.core.entry import STRANDED, Entry
@@ -9,7 +10,7 @@ from pybroker.core.forwarding import original
 from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import DueRequest
 from pybroker.message import encode_headers
-from pybroker.operations import DELETE_MESSAGE, DueEntry
+from pybroker.operations import DELETE_MESSAGE, DELETE_QUEUE, DueEntry
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
@@ -139,3 +140,21 @@ def forget_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> No
     if queue.removals is not None:
         queue.removals.orders.add(row.order)
     core.freed = True
+
+
+def drop_queue(core: Core, queue: Queue, entries: Iterable[Entry]) -> None:
+    """Remove a queue of which nothing is stored, with what is in it. `entries`: those outstanding that nobody has any more."""
+    page = queue.page.added if queue.page is not None else {}
+    for entry in [*entries, *queue.window, *page.values()]:
+        queue.window.discard(entry.order)
+        queue.outstanding.pop(entry.order, None)
+        queue.forget(entry)
+    page.clear()
+    queue.stranded.clear()
+    queue.tail = None
+    del core.queues[queue.queue_id]
+    if queue.spooled:
+        core.count_spooled(queue, -queue.spooled, -queue.spooled_size)
+        core.spool_operations.append((DELETE_QUEUE, queue.queue_id))
+        for entry in queue.outstanding.values():  # settled in transactions: not to be taken out of the spool again
+            entry.spooled = False

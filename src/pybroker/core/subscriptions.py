@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
-from pybroker.core.entry import Entry
 from pybroker.core.queue import BACKLOG, DELETED, SUBSCRIPTION, Queue
-from pybroker.destination import QUEUE, Destination, parse_destination
+from pybroker.core.retiring import drop_queue
+from pybroker.core.temporary import TemporaryQueue
+from pybroker.destination import QUEUE, TEMPORARY_KINDS, Destination, parse_destination
 from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
 from pybroker.operations import DELETE_QUEUE
 
@@ -51,6 +52,8 @@ def subscribe(
         if target.is_pattern:
             raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
         queue = core.queue(target)
+    elif target.kind in TEMPORARY_KINDS:
+        queue = core.temporaries.queue_for(connection, target, durable_name)
     elif durable_name is not None:
         queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name)
     else:
@@ -111,7 +114,11 @@ def unsubscribe(core: Core, consumer: Consumer) -> None:
     consumer.credit = 0
     core.links.left(queue)
     if queue.kind == BACKLOG:
-        _drop_backlog(core, queue, entries)
+        core.unroute(queue)
+        drop_queue(core, queue, entries)
+    elif isinstance(queue, TemporaryQueue) and queue.hub is not None:
+        queue.hub.left(queue)
+        drop_queue(core, queue, entries)
     else:
         queue.put_back(entries)
         queue.dispatch()
@@ -140,16 +147,3 @@ def deleted(core: Core, queue: Queue) -> None:
             core.dirty.remove(queue)
         queue.dirty = True  # never again
         core.operations.append((DELETE_QUEUE, queue.queue_id))
-
-
-def _drop_backlog(core: Core, queue: Queue, entries: list[Entry]) -> None:
-    core.unroute(queue)
-    for entry in [*entries, *queue.window, *(queue.page.added.values() if queue.page else ())]:
-        queue.outstanding.pop(entry.order, None)
-        queue.forget(entry)
-    del core.queues[queue.queue_id]
-    if queue.spooled:
-        core.count_spooled(queue, -queue.spooled, -queue.spooled_size)
-        core.spool_operations.append((DELETE_QUEUE, queue.queue_id))
-        for entry in queue.outstanding.values():  # settled in transactions: not to be taken out of the spool again
-            entry.spooled = False
