@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "run time": (
         *("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
         *("keeper", "mending", "replicated"),
+        "stomp_temporary",
         *("connections", "native_server", "native_sending", "native_outbox"),
         *(
             "broker_network",
@@ -42,6 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("broker", "client", "subscription", "local_client", "local_subscription"),
         *("connecting", "connect_options", "addresses", "remote_client", "remote_connection", "remote_events"),
         *("remote_lifeline", "remote_search", "remote_sending", "remote_subscription", "remote_waiting"),
+        *("remote_temporary", "requests"),
         *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings", "policy_settings"),
         *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "__main__", ""),
     ),

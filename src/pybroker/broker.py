@@ -114,6 +114,8 @@ class Broker:
             batches=engine.journal.batches,
             unrouted=core.unrouted,
             expired_on_arrival=core.expired_on_arrival,
+            unclaimed=core.temporaries.unclaimed,
+            temporary_destinations=sum(len(each.temporaries) for each in core.connections),
             duplicates=core.duplicates,
             dropped=self._dropped,
             repaired=engine.mender.mended if engine.mender is not None else 0,

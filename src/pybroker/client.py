@@ -8,13 +8,15 @@ nothing: what was sent may be stored, what was received and not acknowledged is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pybroker.errors import InvalidMessage
+from pybroker.destination import TEMPORARY_QUEUE, TEMPORARY_TOPIC
+from pybroker.errors import BrokerError, InvalidMessage
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
+from pybroker.requests import CORRELATION_ID, REPLY_TO, Requests
 from pybroker.subscription import ReceivedMessage, Subscription
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]] | None
@@ -63,6 +65,8 @@ def check_in_flight(max_in_flight: int) -> None:
 
 class Client(ABC):
     """A client of a broker. Leaving the block that it is used in aborts open transactions and returns what was not acknowledged."""
+
+    _requests: Requests  # of this client, made with it
 
     @abstractmethod
     async def send(
@@ -123,6 +127,87 @@ class Client(ABC):
         Acknowledged messages of an aborted transaction are delivered again. Cancelled while it waits for the commit, the
         transaction may be committed or not, but never in part. Raises TransactionError when nothing of it was done.
         """
+
+    # ---- temporary destinations, requests and replies
+
+    @asynccontextmanager
+    async def temporary_queue(self) -> AsyncIterator[str]:
+        """A queue that only this client consumes, and to which everybody may send: its name.
+
+        It is gone at the end of the block, with what is in it; its messages are never stored. After a lost connection it is
+        made again under the same name, without what was in it. Raises LimitExceeded.
+        """
+        name = await self._open_temporary(TEMPORARY_QUEUE, None)
+        try:
+            yield name
+        finally:
+            self._close_temporary(name)
+
+    @asynccontextmanager
+    async def temporary_topic(self) -> AsyncIterator[str]:
+        """The same for a topic: each subscription of this client gets what is sent there."""
+        name = await self._open_temporary(TEMPORARY_TOPIC, None)
+        try:
+            yield name
+        finally:
+            self._close_temporary(name)
+
+    async def request(
+        self,
+        destination: str,
+        body: bytes,
+        headers: Headers = None,
+        *,
+        timeout: float,
+        durable: bool = True,
+        priority: int = PRIORITY_DEFAULT,
+        expires: int = 0,
+    ) -> ReceivedMessage:
+        """Send a message with a ``reply-to`` and a ``correlation-id``, and return the reply to it.
+
+        All requests of a client share one temporary queue, and may be made at the same time. `timeout`: seconds for all of it.
+
+        Raises what `send` raises; RequestTimeout when no reply came in time; SendInDoubt when the connection was lost while the
+        request was under way. In both cases it may have been carried out. A reply that comes later is dropped and counted
+        (`late_replies`).
+        """
+        return await self._requests.request(
+            destination, body, headers, timeout=timeout, durable=durable, priority=priority, expires=expires
+        )
+
+    async def reply(
+        self,
+        request: ReceivedMessage,
+        body: bytes,
+        headers: Headers = None,
+        *,
+        durable: bool = True,
+        priority: int = PRIORITY_DEFAULT,
+        expires: int = 0,
+    ) -> Confirmation:
+        """Send a reply to where a request asks for it. Raises InvalidMessage when it asks for none, and what `send` raises.
+
+        A reply whose asker is gone is confirmed as well (not durable), and counted by the broker.
+        """
+        destination = request.header(REPLY_TO)
+        if not destination:
+            raise InvalidMessage(f"message {request.message_id} has no {REPLY_TO} header: its sender wants no reply")
+        pairs = list(headers.items() if isinstance(headers, Mapping) else headers or ())
+        pairs.append((CORRELATION_ID, request.header(CORRELATION_ID) or request.message_id))
+        return await self.send(destination, body, pairs, durable=durable, priority=priority, expires=expires)
+
+    @property
+    def late_replies(self) -> int:
+        """Replies to requests of this client that came when nobody waited for them any more."""
+        return self._requests.late
+
+    @abstractmethod
+    async def _open_temporary(self, kind: str, lost: Callable[[BrokerError | None], None] | None) -> str:
+        """Make a temporary destination (of `TEMPORARY_KINDS`); `lost` is called whenever a connection is lost."""
+
+    @abstractmethod
+    def _close_temporary(self, name: str) -> None:
+        """Give it up, and end the subscriptions to it. Does not wait."""
 
 
 class Publisher(ABC):

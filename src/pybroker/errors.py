@@ -138,6 +138,12 @@ class SendInDoubt(BrokerError):
     code = "in-doubt"
 
 
+class RequestTimeout(BrokerError):
+    """No reply came in time; the request may have been carried out."""
+
+    code = "request-timeout"
+
+
 class StoreError(BrokerError):
     """The base of errors of the store."""
 

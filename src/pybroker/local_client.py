@@ -5,6 +5,7 @@ Everything goes through the same core and the same checks as over the wire.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,6 +30,7 @@ from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, LimitExceeded, NotLeader, SendInDoubt, UnknownDelivery
 from pybroker.local_subscription import LocalSubscription
 from pybroker.message import PRIORITY_DEFAULT, Message
+from pybroker.requests import Requests
 from pybroker.subscription import ReceivedMessage
 
 
@@ -62,6 +64,7 @@ class LocalClient(Client):
         self._publishers: set[LocalPublisher] = set()
         self._subscriptions: set[LocalSubscription] = set()
         self._transactions = 0
+        self._requests = Requests(self)
         self._error: BrokerError | None = None
         self.touched = False
 
@@ -154,6 +157,22 @@ class LocalClient(Client):
         core = self._begin_turn()
         core.commit(self._running_connection, name)
         await self._committed(core)
+
+    async def _open_temporary(self, kind: str, lost: Callable[[BrokerError | None], None] | None) -> str:
+        core = (
+            self._begin_turn()
+        )  # (`lost` is of no use: who waits is told by what it waits for, and the client is over)
+        name = core.temporaries.create(self._running_connection, kind, secrets.token_hex(16))
+        self._running.end_turn()
+        await trio.lowlevel.checkpoint()
+        return name
+
+    def _close_temporary(self, name: str) -> None:
+        for subscription in [each for each in self._subscriptions if each.destination == name]:
+            subscription._leave()
+        if self._error is None and self._running.error is None:
+            self._begin_turn().temporaries.delete(self._running_connection, name)
+            self._running.end_turn()
 
     # ---- the engine's side
 

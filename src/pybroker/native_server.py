@@ -27,7 +27,9 @@ from pybroker.protocols.native_frames import (
     Ack,
     Bye,
     Commit,
+    Create,
     Credit,
+    Delete,
     Error,
     Nack,
     Remove,
@@ -221,6 +223,10 @@ class NativeConnection:
                     self._answer(core, event.request, self._unsubscribe, event)
                 elif isinstance(event, Remove):
                     self._answer(core, event.request, self._remove, event)
+                elif isinstance(event, Create):
+                    self._answer(core, event.request, self._create, event)
+                elif isinstance(event, Delete):
+                    self._answer(core, event.request, self._delete, event)
                 else:
                     last = event  # nothing comes behind it (or not before it is answered)
             if isinstance(last, Violation):
@@ -380,6 +386,12 @@ class NativeConnection:
 
     def _remove(self, core: Core, event: Remove) -> None:
         core.remove_subscription(self._connection.client_id, event.durable)
+
+    def _create(self, core: Core, event: Create) -> None:
+        core.temporaries.create(self._connection, event.kind, event.secret)
+
+    def _delete(self, core: Core, event: Delete) -> None:
+        core.temporaries.delete(self._connection, event.destination)
 
     def _settle(self, core: Core, event: Ack | Nack) -> None:
         settle = core.acknowledge_ranges if event.__class__ is Ack else core.reject_ranges

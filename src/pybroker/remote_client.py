@@ -5,11 +5,12 @@ Owns the operations as a program sees them; `remote_lifeline` is what they are d
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from pybroker.client import IN_FLIGHT_DEFAULT, Client, Confirmation, Headers
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.errors import BrokerError
 from pybroker.message import PRIORITY_DEFAULT
 from pybroker.protocols.native_sends import row_size
 from pybroker.remote_events import ClientStatistics, ConnectionEvents
@@ -17,6 +18,7 @@ from pybroker.remote_lifeline import Lifeline
 from pybroker.remote_sending import RemotePublisher, RemoteTransaction, Sender
 from pybroker.remote_subscription import RemoteSubscription, check_durable_name
 from pybroker.remote_waiting import SendWaiter, Waiter
+from pybroker.requests import Requests
 
 
 class RemoteClient(Client):
@@ -32,6 +34,7 @@ class RemoteClient(Client):
     def __init__(self, lifeline: Lifeline) -> None:
         self._lifeline = lifeline
         self._sender = Sender(lifeline)
+        self._requests = Requests(self)
 
     async def send(
         self,
@@ -94,6 +97,14 @@ class RemoteClient(Client):
             transaction.abort()
             raise
         await transaction.commit()
+
+    async def _open_temporary(self, kind: str, lost: Callable[[BrokerError | None], None] | None) -> str:
+        return await self._lifeline.temporaries.open(kind, lost)
+
+    def _close_temporary(self, name: str) -> None:
+        for subscription in [each for each in self._lifeline.subscriptions if each.destination == name]:
+            subscription._leave(None)
+        self._lifeline.temporaries.close(name)
 
     def events(self) -> ConnectionEvents:
         """What happens to the connection, from what holds now: ``async for event in client.events()``. Ends with the client."""

@@ -45,6 +45,7 @@ from pybroker.protocols.native_sends import Row, Sends, Submission
 from pybroker.remote_connection import Dial, RemoteConnection, open_connection
 from pybroker.remote_events import ClientStatistics, ConnectionEvent, ConnectionEvents
 from pybroker.remote_search import Search
+from pybroker.remote_temporary import RemoteTemporaries, RemoteTemporary
 from pybroker.remote_waiting import Waiter
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Lifeline:
         self.client_id = hello.get("client_id", "")
         self.sends = Sends(new_producer())
         self.subscriptions: set[RemoteSubscription] = set()
+        self.temporaries = RemoteTemporaries(self)
         self.received = 0
         self._offered: NativeAddress | None = None  # who was told last of the present producer's id
         self._search = search
@@ -205,6 +207,7 @@ class Lifeline:
         self._search.connected(connection.address)
         self._tell("connected", connection.address.url, opened.broker)
         self._learn(opened.members)
+        self.temporaries.attach()
         for subscription in self.subscriptions:
             subscription.attach()
         self._signal()
@@ -223,6 +226,7 @@ class Lifeline:
         for context in connection.session.orphans():
             if context is not None:
                 context.lost(self._last_error)
+        self.temporaries.detach(self._last_error)
         self._complaints = self._complaints + 1 if isinstance(error, ProtocolError) and not self._fruitful else 0
         if self._complaints >= COMPLAINTS_MAX:  # it may be what is sent, again and again
             self._complaints = 0
@@ -456,6 +460,21 @@ class Lifeline:
             waiter.lost(self._last_error)
         else:
             connection.session.remove(waiter, name)
+            connection.wake()
+
+    def create_temporary(self, waiter: Waiter | RemoteTemporary, kind: str, secret: str) -> None:
+        connection = self._live
+        if connection is None:
+            waiter.lost(self._last_error)
+        else:
+            connection.session.create(waiter, kind, secret)
+            connection.wake()
+
+    def delete_temporary(self, destination: str) -> None:
+        """Nobody waits for the answer."""
+        connection = self._live
+        if connection is not None:
+            connection.session.delete(None, destination)
             connection.wake()
 
     def restore_later(self, subscription: RemoteSubscription, error: BrokerError) -> None:

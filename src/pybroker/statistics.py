@@ -37,6 +37,8 @@ class DestinationStatistics:
 class BrokerStatistics:
     """The broker at one moment. Sizes in bytes.
 
+    unclaimed   messages to temporary destinations that nobody took: their owner was gone, or went with them waiting
+    temporary_destinations  that clients of this broker have at present
     duplicates  sends that their producers repeated, and that were not stored again
     dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
     repaired values that were bad when they were to be read, and were fetched from another replica, in this leadership
@@ -55,6 +57,8 @@ class BrokerStatistics:
     batches: int
     unrouted: int
     expired_on_arrival: int
+    unclaimed: int
+    temporary_destinations: int
     duplicates: int
     dropped: int
     repaired: int

@@ -33,7 +33,9 @@ from pybroker.protocols.stomp_events import (
     Unsubscribe,
 )
 from pybroker.protocols.stomp_headers import HEARTBEAT
+from pybroker.protocols.stomp_send import LocalDestination
 from pybroker.protocols.stomp_session import StompSession
+from pybroker.stomp_temporary import LocalNames
 
 if TYPE_CHECKING:
     from pybroker.server import Server
@@ -47,13 +49,14 @@ ANY_CLIENT = "*"  # owner of durable subscriptions made without a client id (Rab
 class _Subscription:
     """What a connection knows of one of its consumers."""
 
-    __slots__ = ("head", "key", "name", "repeats", "tags")
+    __slots__ = ("head", "key", "local", "name", "repeats", "tags")
 
-    def __init__(self, key: str, name: bytes, head: bytes, tags: dict[bytes, int] | None) -> None:
+    def __init__(self, key: str, name: bytes, head: bytes, tags: dict[bytes, int] | None, local: str = "") -> None:
         self.key = key
         self.name = name  # the first part of its acknowledgement ids
         self.head = head  # the start of its MESSAGE frames
         self.tags = tags  # message id to delivery tag, where acknowledgements name messages (before 1.2)
+        self.local = local  # the connection's own name of its destination; "" where that is no temporary one
         self.repeats = False  # some id came twice: dead letters of one message from several subscriptions
 
 
@@ -80,6 +83,7 @@ class StompConnection:
             config.stomp, durable_default=config.delivery.durable_default, server=server.software, memo=server.memo
         )
         self._connection = engine.core.connect(self)
+        self._local_names = LocalNames(self._connection)
         self._by_key: dict[str, Consumer] = {}
         self._by_name: dict[bytes, Consumer] = {}
         self._last_name = 0
@@ -203,6 +207,8 @@ class StompConnection:
                     message = event.message  # type: ignore[attr-defined]
                     receipt = event.receipt  # type: ignore[attr-defined]
                     numbered = event.numbered  # type: ignore[attr-defined]
+                    if message.destination.__class__ is LocalDestination:
+                        self._local_names.translate(core, message)
                     repeat = numbered is not None and core.producers.has(numbered.producer, numbered.sequence)
                     if crowded and not repeat and core.full(message) is not None:
                         engine.end_turn()
@@ -279,15 +285,22 @@ class StompConnection:
         name = b"%x" % self._last_name
         by_message = event.ack != "auto" and self._session.version != "1.2"
         head = self._session.message_head(event.id)
+        destination = self._local_names.resolve(core, event.destination)
         consumer = core.subscribe(
             self._connection,
-            event.destination,
+            destination,
             ACK_MODES[event.ack],
             prefetch=event.prefetch,
             durable_name=event.durable_name,
             client_id=event.client_id or ANY_CLIENT,
             options=event.options,
-            context=_Subscription(key, name, head, {} if by_message else None),
+            context=_Subscription(
+                key,
+                name,
+                head,
+                {} if by_message else None,
+                event.destination if destination != event.destination else "",
+            ),
         )
         self._by_key[key] = consumer
         self._by_name[name] = consumer
@@ -416,7 +429,10 @@ class StompConnection:
             tags = subscription.tags
             if tags is not None and tags.setdefault(entry.message.message_id, entry.tag) != entry.tag:
                 subscription.repeats = True
-        frame = self._session.message_frame(subscription.head, entry.message, deliveries > 0, deliveries + 1, ack_id)
+        message = entry.message
+        if subscription.local:
+            message = message.moved_to(subscription.local, expires=message.expires)
+        frame = self._session.message_frame(subscription.head, message, deliveries > 0, deliveries + 1, ack_id)
         self._chunks.append(frame)
         self._outbox_bytes += len(frame)
         if self._outbox_bytes > self._outbox_max:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ import trio
 
 from pybroker.broker import single
 from pybroker.client import Client, ClientTransaction, Confirmation, Headers, Publisher, make_message
+from pybroker.destination import TEMPORARY_QUEUE
 from pybroker.errors import BrokerClosed, BrokerError, UnknownDelivery
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
 from pybroker.protocols.native_errors import error_of
@@ -28,6 +29,7 @@ from pybroker.protocols.stomp_client import (
     StompClientSession,
 )
 from pybroker.protocols.stomp_send import TRANSPORT_HEADERS
+from pybroker.requests import Requests
 from pybroker.subscription import ReceivedMessage, Subscription
 
 ACK = {"individual": "client-individual", "cumulative": "client", "auto": "auto"}
@@ -44,6 +46,7 @@ class StompFace(Client):
         self._subscriptions: dict[str, StompSubscription] = {}
         self._connected = trio.Event()
         self._error: BrokerError | None = None
+        self._requests = Requests(self)
 
     async def run(self) -> None:
         while True:
@@ -150,6 +153,12 @@ class StompFace(Client):
             receipt=receipt,
         )
         await self.confirmed(receipt)
+
+    async def _open_temporary(self, kind: str, lost: Callable[[BrokerError | None], None] | None) -> str:
+        return f"{'/temp-queue/' if kind == TEMPORARY_QUEUE else '/temp-topic/'}n{next(self._numbers)}"
+
+    def _close_temporary(self, name: str) -> None:
+        """It goes with the connection."""
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[ClientTransaction]:

@@ -23,6 +23,8 @@ FROM_CLIENT = {
     wire.NACK: (0, 1, [1, 1]),
     wire.CREDIT: (1, 1),
     wire.REMOVE: (1, "name"),
+    wire.CREATE: (1, "remote-temp-queue", "0123456789abcdef"),
+    wire.DELETE: (1, "/remote-temp-queue/x"),
     wire.BEAT: (),
     wire.BYE: (),
     wire.ERROR: ("protocol", "text", {}),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.destination import TEMPORARY_KINDS
 from pybroker.errors import LimitExceeded, ProtocolError, SubscriptionError
 from pybroker.message import Message, encode_headers
 from pybroker.protocols import native_decoding, native_frames
@@ -93,6 +94,12 @@ FRAMES: dict[str, tuple[Callable[..., bytes], st.SearchStrategy[tuple[Any, ...]]
     "NACK": (wire.encode_nack, st.tuples(numbers, numbers, ranges()), wire.Nack),
     "CREDIT": (wire.encode_credit, st.tuples(numbers, numbers), wire.Credit),
     "REMOVE": (wire.encode_remove, st.tuples(requests, texts), wire.Remove),
+    "CREATE": (
+        wire.encode_create,
+        st.tuples(requests, st.sampled_from(TEMPORARY_KINDS), st.text(min_size=16, max_size=64)),
+        wire.Create,
+    ),
+    "DELETE": (wire.encode_delete, st.tuples(requests, texts), wire.Delete),
     "CONFIRM": (wire.encode_confirm, st.tuples(results), wire.Confirm),
     "REFUSED": (wire.encode_refused, st.tuples(requests, codes, texts), wire.Refused),
     "DONE": (wire.encode_done, st.tuples(requests), wire.Done),

@@ -11,7 +11,7 @@ from pybroker.core.links import TOPIC_PREFIX, Links, Peer
 from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
 from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE as QUEUE_KIND
-from pybroker.destination import Destination, parse_destination
+from pybroker.destination import Destination
 from pybroker.message import Message
 
 

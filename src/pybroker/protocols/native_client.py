@@ -34,7 +34,9 @@ from pybroker.protocols.native_frames import (
     encode_ack,
     encode_beat,
     encode_bye,
+    encode_create,
     encode_credit,
+    encode_delete,
     encode_hello,
     encode_nack,
     encode_remove,
@@ -261,6 +263,14 @@ class NativeClientSession:
     def remove(self, context: Any, durable: str) -> None:
         self._check_open()
         self._output.append(encode_remove(self._request(context), durable))
+
+    def create(self, context: Any, kind: str, secret: str) -> None:
+        self._check_open()
+        self._output.append(encode_create(self._request(context), kind, secret))
+
+    def delete(self, context: Any, destination: str) -> None:
+        self._check_open()
+        self._output.append(encode_delete(self._request(context), destination))
 
     def credit(self, number: int, prefetch: int) -> None:
         self._check_open()

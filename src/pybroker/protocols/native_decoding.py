@@ -11,6 +11,7 @@ from typing import Any
 
 import msgpack
 
+from pybroker.destination import TEMPORARY_KINDS
 from pybroker.errors import InvalidMessage, LimitExceeded, ProtocolError
 from pybroker.message import PRIORITY_MAX, Message, decode_headers, encode_headers
 from pybroker.protocols import native_frames as wire
@@ -24,7 +25,9 @@ from pybroker.protocols.native_frames import (
     Bye,
     Commit,
     Confirm,
+    Create,
     Credit,
+    Delete,
     Deliver,
     Done,
     Ended,
@@ -48,6 +51,7 @@ LARGE_BYTES = 1024 * 1024  # from this size on it is counted what a frame is mad
 ITEMS_MAX = (
     1_000_000  # items in the arrays and maps of a large frame: each takes much more memory than bytes on the wire
 )
+SECRET_MIN, SECRET_MAX = 16, 64  # characters of a temporary destination's secret
 HEADER_BLOCKS_MAX = 256  # header blocks that are remembered as well formed
 HEADER_BLOCK_REMEMBERED = 2_048  # bytes of the longest one of these
 
@@ -281,6 +285,20 @@ def _remove(fields: tuple[Any, ...], _: HeaderBlocks) -> Remove:
     return Remove(number(request, "request", 1), text(durable, "durable"))
 
 
+def _create(fields: tuple[Any, ...], _: HeaderBlocks) -> Create:
+    request, kind, secret = _fields(fields, 3)
+    if kind not in TEMPORARY_KINDS:
+        raise ProtocolError(f"a temporary destination is one of {', '.join(TEMPORARY_KINDS)}")
+    if len(text(secret, "secret", SECRET_MAX)) < SECRET_MIN:
+        raise ProtocolError(f"a secret must have at least {SECRET_MIN} characters, hard to guess")
+    return Create(number(request, "request", 1), kind, secret)
+
+
+def _delete(fields: tuple[Any, ...], _: HeaderBlocks) -> Delete:
+    request, destination = _fields(fields, 2)
+    return Delete(number(request, "request", 1), text(destination, "destination"))
+
+
 def _confirm(fields: tuple[Any, ...], _: HeaderBlocks) -> Confirm:
     (results,) = _fields(fields, 1)
     found = []
@@ -339,6 +357,8 @@ _DECODERS: dict[int, Callable[[tuple[Any, ...], HeaderBlocks], Frame]] = {
     wire.NACK: _nack,
     wire.CREDIT: _credit,
     wire.REMOVE: _remove,
+    wire.CREATE: _create,
+    wire.DELETE: _delete,
     wire.CONFIRM: _confirm,
     wire.REFUSED: _refused,
     wire.DONE: _done,

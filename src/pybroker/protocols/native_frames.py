@@ -35,6 +35,8 @@ ACK = 14
 NACK = 15
 CREDIT = 16
 REMOVE = 17
+CREATE = 40
+DELETE = 41
 CONFIRM = 20
 REFUSED = 21
 DONE = 22
@@ -145,6 +147,21 @@ class Remove(NamedTuple):
     durable: str
 
 
+class Create(NamedTuple):
+    """Make the temporary destination of a secret; `kind`: ``remote-temp-queue`` or ``remote-temp-topic``."""
+
+    request: int
+    kind: str
+    secret: str
+
+
+class Delete(NamedTuple):
+    """Give up a temporary destination."""
+
+    request: int
+    destination: str
+
+
 class Confirm(NamedTuple):
     """(first sequence, last sequence, stored): as safe as asked; `stored`: a store has them."""
 
@@ -192,7 +209,7 @@ class Members(NamedTuple):
 
 
 Frame = (
-    Hello | Welcome | Error | Bye | Beat | Send | Commit | Subscribe | Unsubscribe | Ack | Nack | Credit | Remove
+    Hello | Welcome | Error | Bye | Beat | Send | Commit | Subscribe | Unsubscribe | Ack | Nack | Credit | Remove | Create | Delete
     | Confirm | Refused | Done | Failed | Deliver | Ended | Members
 )  # fmt: skip
 
@@ -293,6 +310,14 @@ def encode_credit(subscription: int, prefetch: int) -> bytes:
 
 def encode_remove(request: int, durable: str) -> bytes:
     return pack_frame((REMOVE, request, durable))
+
+
+def encode_create(request: int, kind: str, secret: str) -> bytes:
+    return pack_frame((CREATE, request, kind, secret))
+
+
+def encode_delete(request: int, destination: str) -> bytes:
+    return pack_frame((DELETE, request, destination))
 
 
 def encode_confirm(results: Sequence[tuple[int, int, bool]]) -> bytes:

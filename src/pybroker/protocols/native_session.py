@@ -43,6 +43,7 @@ _MAY_COME: Mapping[str, frozenset[int]] = {
     OPEN: frozenset(
         (
             *(wire.SEND, wire.COMMIT, wire.SUBSCRIBE, wire.UNSUBSCRIBE, wire.ACK, wire.NACK, wire.CREDIT, wire.REMOVE),
+            *(wire.CREATE, wire.DELETE),
             *(wire.BEAT, wire.BYE, wire.ERROR),
         )
     ),

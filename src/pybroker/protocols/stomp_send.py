@@ -8,6 +8,7 @@ Header Entries" and "Value Encoding" of the STOMP specifications, and ActiveMQ's
 
 from __future__ import annotations
 
+from pybroker.destination import LOCAL_PREFIXES
 from pybroker.errors import InvalidMessage, ProtocolError
 from pybroker.message import PRIORITY_DEFAULT, PRIORITY_MAX, escape
 from pybroker.protocols.stomp_events import Numbered
@@ -34,8 +35,16 @@ TRANSPORT_HEADERS = frozenset(
     }
 )
 _PROPERTY_HEADERS = frozenset({"expires", "persistent", "priority"})  # passed on, too
+REPLY_TO = "reply-to"
 _EXPIRES_DIGITS_MAX = 18
+_LOCAL_PREFIXES = tuple(LOCAL_PREFIXES)
 _ENTRY_BYTES_MAX = 4096  # longer header lines are not remembered
+
+
+class LocalDestination(str):
+    """Where a message is sent that names temporary destinations of its connection: there, or in its reply-to header."""
+
+    __slots__ = ()
 
 
 class HeaderMemo:
@@ -102,13 +111,16 @@ def parse_send(lines: bytes, version: str | None, durable_default: bool, sequenc
     With `sequence` that is what a producer-sequence header said which was in front of these lines.
     """
     known: dict[str, str] = {}
+    local = False  # it names a temporary destination of its connection
     kept: list[str] = []
     plain = 92 not in lines and 13 not in lines  # no backslash, no CR: all but a colon is in canonical form already
     for name, value in decode_head(lines, version):
         if name in TRANSPORT_HEADERS:
             known.setdefault(name, value)
             continue
-        if name in _PROPERTY_HEADERS:
+        if name == REPLY_TO:
+            local = local or value.lstrip(" ").startswith(_LOCAL_PREFIXES)
+        elif name in _PROPERTY_HEADERS:
             known.setdefault(name, value)
         kept.append(f"{name}:{value}\n" if plain and ":" not in value else f"{escape(name)}:{escape(value)}\n")
     if version == "1.0":
@@ -122,7 +134,7 @@ def parse_send(lines: bytes, version: str | None, durable_default: bool, sequenc
     if transaction == "":
         raise ProtocolError("SEND has an empty transaction header: name a transaction, or leave it out")
     return (
-        destination,
+        LocalDestination(destination) if local or destination.startswith(_LOCAL_PREFIXES) else destination,
         "".join(kept).encode(),
         _persistent(known.get("persistent"), durable_default),
         _priority(known.get("priority")),
