@@ -56,8 +56,8 @@ def cpu(result: dict[str, Any]) -> list[float]:
 def hop_row(name: str, alone: Rounds, linked: Rounds, flat_out: Rounds, judged: bool) -> Row:
     """What two brokers take beyond one that does the same work: as many messages a second.
 
-    A broker takes less for a message the more of them come at once. One that goes as fast as it can works at a higher rate, in larger
-    batches: its figure has a row of its own.
+    A broker takes less for a message the more of them come at once. One that goes as fast as it can
+    works in larger batches: its figure has a row of its own.
     """
     hop = linked.cpu_us - alone.cpu_us
     return Row(
