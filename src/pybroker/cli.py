@@ -201,6 +201,8 @@ def _show_report(report: Report) -> None:
         name = f"{row.name} ({row.client_id}/{row.subscription})" if row.subscription else row.name
         table.add_row(row.kind, name, *(f"{n:,}" for n in (row.count, row.size, row.found_count, row.found_size)))
     console.print(table)
+    if report.schedules:
+        console.print(f"scheduled messages: {report.schedules:,}", highlight=False)
     for problem in report.problems:
         console.print(f"problem: {problem}", style="red", highlight=False)
     if report.problem_count > len(report.problems):

@@ -65,6 +65,7 @@ class Limits:
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
     selector_bytes_max: int = 4_096  # one selector
     destinations_max: int = 100_000  # queues and durable subscriptions together
+    schedules_max: int = 10_000_000  # messages that are to be sent later
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     temporary_destinations_max: int = 1_000  # temporary queues and topics of one connection
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
@@ -86,6 +87,8 @@ class DeliveryPolicy:
     deliveries_max: int = 6  # deliveries before a message goes to the dead-letter queue
     dead_letter_queue: str = "/queue/ActiveMQ.DLQ"  # ActiveMQ's name for it
     durable_default: bool = True  # whether a STOMP SEND without a `persistent` header is durable
+    cron_timezone: str = "UTC"  # the time zone of cron expressions, for example "Europe/Berlin"
+    clock_check_interval: float = 1.0  # seconds after which a changed wall clock is noticed, at the latest
     expiry_interval: float = 1.0  # seconds between two sweeps for messages that have expired
 
 

@@ -7,12 +7,14 @@ with a batch is released by the journal; a failed journal ends the engine (fail-
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from zoneinfo import ZoneInfo
 
 import trio
 
@@ -22,7 +24,8 @@ from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest
-from pybroker.errors import BrokerClosed, BrokerError, BrokerFull
+from pybroker.core.schedules import ScheduleLookup, SchedulesRequest
+from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, CorruptRecord
 from pybroker.journal import Journal, LocalCommitter
 from pybroker.mending import Fetch, Mender, Pages
 from pybroker.message import Message
@@ -37,6 +40,9 @@ log = logging.getLogger("pybroker.engine")
 def wall_clock_ms() -> int:
     """Milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000
+
+
+Read = PageRequest | DueRequest | BrowseRequest | SchedulesRequest | ScheduleLookup
 
 
 def random_life() -> str:
@@ -97,6 +103,8 @@ class Engine:
             network_name=config.network_name,
             life=life(),
             policies=config.policy,
+            scheduling=store.scheduling,
+            zone=ZoneInfo(config.delivery.cron_timezone),
         )
         self.journal = Journal(
             store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write
@@ -106,10 +114,11 @@ class Engine:
         self.mender = Mender(fetch) if fetch is not None else None  # where there are other copies of the store
         self._spool = spool
         self._reader = trio.CapacityLimiter(1)
-        self._reads_send, self._reads = trio.open_memory_channel[PageRequest | DueRequest | BrowseRequest](float("inf"))
+        self._reads_send, self._reads = trio.open_memory_channel[Read](float("inf"))
         self._touched: list[Sink] = []
         self._room = trio.Event()
         self._room_wanted = False
+        self._schedules_changed = trio.Event()
         self._ended = trio.Event()
 
     # ---- turns
@@ -150,8 +159,13 @@ class Engine:
                 self._touch(link.sink)
         if self._touched:
             self._flush()
+        if core.schedules.changed:
+            core.schedules.changed = False
+            self._schedules_changed.set()
         if core.freed:
             core.freed = False
+            if core.schedules.waiting:
+                self._schedules_changed.set()
             if self._room_wanted:
                 self._room_wanted = False
                 self._room.set()
@@ -244,6 +258,7 @@ class Engine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._while_usable, self._run_reads)
                 nursery.start_soon(self._while_usable, self._run_sweeps)
+                nursery.start_soon(self._while_usable, self._run_schedules)
                 if self.mender is not None:
                     nursery.start_soon(self._while_usable, self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
@@ -283,8 +298,12 @@ class Engine:
                 await self._read_page(request)
             elif isinstance(request, BrowseRequest):
                 await self._read_browsed(request)
-            else:
+            elif isinstance(request, DueRequest):
                 await self._read_due(request)
+            elif isinstance(request, SchedulesRequest):
+                await self._read_schedules(request)
+            else:
+                await self._look_up(request)
             self.end_turn()
 
     async def _read_page(self, request: PageRequest) -> None:
@@ -346,6 +365,22 @@ class Engine:
         stored, transient = await self._in_reader(read)
         self.begin_turn().due_loaded(request, stored, transient)
 
+    async def _read_schedules(self, request: SchedulesRequest) -> None:
+        found = await self._in_reader(
+            lambda: self.store.read_schedules(request.start, request.count_max, request.size_max)
+        )
+        for record in found.corrupt:
+            log.error("a scheduled message: %s; it stays in the store and is not sent", record)
+        self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread)
+
+    async def _look_up(self, lookup: ScheduleLookup) -> None:
+        try:
+            found = await self._in_reader(lambda: self.store.find_schedule(lookup.number))
+        except CorruptRecord as error:
+            log.error("a scheduled message: %s; it stays in the store and is not sent", error)
+            found = None
+        self.begin_turn().schedules.looked_up(lookup, found)
+
     async def _in_reader(self, read: Callable[[], Any]) -> Any:
         if self.store.backend.blocking:
             return await trio.to_thread.run_sync(read, limiter=self._reader)
@@ -360,6 +395,26 @@ class Engine:
             core.freed = core.freed or not core.disk_full
             core.sweep()
             self.end_turn()
+
+    async def _run_schedules(self) -> None:
+        """Send what is due, when it is due. The wall clock may be changed at any time, so it is looked at again and again."""
+        limits = self.config.limits
+        interval = self.config.delivery.clock_check_interval
+        while True:
+            changed = self._schedules_changed = trio.Event()
+            core = self.begin_turn()
+            more = core.release_due(limits.turn_messages_max)
+            self.end_turn()
+            if more:
+                await self.journal.wait_room(limits.batch_bytes_max)
+                await trio.lowlevel.checkpoint()
+                continue
+            wait = interval if len(core.schedules) else math.inf
+            due = core.schedules.next_due
+            if due is not None:
+                wait = min(wait, max(due - self.clock_ms(), 0) / 1_000)
+            with trio.move_on_after(wait):
+                await changed.wait()
 
     def _disk_full(self, data_dir: Path | None) -> str:
         limit = self.config.limits.disk_free_bytes_min

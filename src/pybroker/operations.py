@@ -25,6 +25,9 @@ PUT_PRODUCER = 11  # (PUT_PRODUCER, ProducerRecord)
 DELETE_PRODUCER = 12  # (DELETE_PRODUCER, producer_id)
 PUT_PEER = 13  # (PUT_PEER, PeerRecord)
 DELETE_PEER = 14  # (DELETE_PEER, name)
+PUT_SCHEDULE = 20  # (PUT_SCHEDULE, Schedule, due): due = when it was due before, 0 for a new one
+DELETE_SCHEDULE = 21  # (DELETE_SCHEDULE, number, due)
+PUT_SCHEDULING = 22  # (PUT_SCHEDULING, SchedulingRecord)
 
 SEQUENCE_BITS = 56
 SEQUENCE_MASK = (1 << SEQUENCE_BITS) - 1
@@ -93,6 +96,48 @@ class PeerRecord:
 
     name: str
     demand: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A message that is to be sent at a later time, and perhaps again after that. Times in milliseconds.
+
+    number   unique in its store, never used again
+    due      when it is to be sent next, since the Unix epoch
+    message  what is sent; its `timestamp` is when it was scheduled
+    left     how often it is sent again after that, -1 = without end; with `cron`, after each of its times
+    period   between two of these
+    cron     a cron expression: at each of its times the message is sent (or, with `delay` or `left`, a schedule begins). "" = none
+    delay    from a time of `cron` to the first sending that belongs to it
+    """
+
+    number: int
+    due: int
+    message: Message
+    left: int = 0
+    period: int = 0
+    cron: str = ""
+    delay: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Its place among the others: in order of time, then in the order in which they came."""
+        return self.due, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingRecord:
+    """What the store has of schedules as a whole. Written with each batch that touches one.
+
+    next_number  the number that the next schedule will get
+    count, size  schedules in the store, and the bytes of their messages (`Message.size`)
+    head         none of them is due before it
+    """
+
+    next_number: int = 1
+    count: int = 0
+    size: int = 0
+    head: int = 0
 
 
 @dataclass(frozen=True, slots=True)

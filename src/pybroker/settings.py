@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
+from zoneinfo import ZoneInfo
 
 from pybroker.config import (
     BrokerConfig,
@@ -335,6 +336,7 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
         if (low_value := _value(config, low)) > (high_value := _value(config, high)):
             yield f"{low}: expected at most {high} ({high_value}), got {low_value}"
     yield from _dead_letter_faults(config.delivery.dead_letter_queue)
+    yield from _refusals("delivery.cron_timezone", functools.partial(_check_zone, config.delivery.cron_timezone))
     for index, url in enumerate(config.listen):
         yield from _refusals(f"listen[{index}]", functools.partial(_check_listener, url, config.anonymous))
     for name, encoded in config.users.items():
@@ -361,6 +363,15 @@ def _native_faults(config: BrokerConfig) -> Iterator[str]:
 
 def _check_listener(url: str, anonymous: bool) -> None:
     check_exposure(parse_listener(url), anonymous)
+
+
+def _check_zone(name: str) -> None:
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise ConfigurationError(
+            f'expected the name of a time zone, for example "Europe/Berlin", got {_shown(name)}'
+        ) from None
 
 
 def _refusals(path: str, check: Callable[[], object]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.queue import Queue
 from pybroker.core.reads import DueRequest, PageRequest
+from pybroker.core.schedules import ScheduleLookup, SchedulesRequest
 from pybroker.errors import BrokerError
 from pybroker.mending import _operation
 from pybroker.message import Message
@@ -110,7 +111,7 @@ class Batch:
 class Read:
     """A read under way."""
 
-    request: PageRequest | DueRequest | BrowseRequest
+    request: PageRequest | DueRequest | BrowseRequest | SchedulesRequest | ScheduleLookup
     spooled: bool = False
     stored: Any = None
     transient: Any = None
@@ -154,6 +155,7 @@ class Driver:
             records=self.store.records,
             producers=self.store.producers,
             peers=self.store.peers,
+            scheduling=self.store.scheduling,
             now=self.now,
         )
 
@@ -266,7 +268,7 @@ class Driver:
         read = self.reads[0]
         request = read.request
         if read.steps == 0:
-            read.spooled = self.core.spooled > 0
+            read.spooled = self.core.spooled > 0 and not isinstance(request, SchedulesRequest | ScheduleLookup)
             read.stored = self._read_from(self.store, request)
             if self.peers and isinstance(request, PageRequest):
                 self._mend(read)
@@ -279,10 +281,14 @@ class Driver:
         read.steps += 1
         return True
 
-    def _read_from(self, source: Any, request: PageRequest | DueRequest | BrowseRequest) -> Any:
+    def _read_from(self, source: Any, request: Any) -> Any:
         if isinstance(request, BrowseRequest):
             start = request.cursor.position
             return source.read_page(request.queue.queue_id, start, request.count_max, request.size_max)
+        if isinstance(request, SchedulesRequest):
+            return source.read_schedules(request.start, request.count_max, request.size_max)
+        if isinstance(request, ScheduleLookup):
+            return source.find_schedule(request.number)
         if isinstance(request, PageRequest):
             return source.read_page(request.queue.queue_id, request.start, request.count_max, request.size_max)
         return source.read_due(request.now, request.count_max, request.after)
@@ -301,7 +307,11 @@ class Driver:
     def _hand_over(self, read: Read) -> None:
         request, stored, transient = read.request, read.stored, read.transient
         core = self.begin_turn()
-        if isinstance(request, DueRequest):
+        if isinstance(request, SchedulesRequest):
+            core.schedules.loaded(request, stored.schedules, stored.next_key, stored.unread)
+        elif isinstance(request, ScheduleLookup):
+            core.schedules.looked_up(request, stored)
+        elif isinstance(request, DueRequest):
             core.due_loaded(request, stored, transient if transient is not None else [])
         else:
             assert self.peers is not None or not stored.corrupt, stored.corrupt

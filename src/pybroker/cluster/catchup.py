@@ -40,7 +40,12 @@ Mend = Callable[
 WINDOW_BYTES = 4 * 1024 * 1024  # keys and values of one window
 SEND_BYTES = 1024 * 1024  # batches that go into one write
 # Kinds whose values change.
-CHANGING = frozenset((fmt.PRODUCER, fmt.PEER, fmt.QUEUE, fmt.POSITION, fmt.IDS, fmt.DELIVERIES, fmt.REFERENCES))
+CHANGING = frozenset(
+    (
+        *(fmt.PRODUCER, fmt.PEER, fmt.QUEUE, fmt.POSITION, fmt.IDS, fmt.DELIVERIES, fmt.REFERENCES),
+        *(fmt.SCHEDULING, fmt.SCHEDULE),
+    )
+)
 
 
 class _Window:

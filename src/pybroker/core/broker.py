@@ -17,10 +17,11 @@ made from the store.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, tzinfo
 from typing import Any
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig, PolicyEntry
-from pybroker.core import browsing, mending, producers, retiring, settling, subscriptions, transactions
+from pybroker.core import browsing, mending, producers, retiring, schedules, settling, subscriptions, transactions
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -28,6 +29,8 @@ from pybroker.core.links import Links, Peer
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
+from pybroker.core.schedule_headers import PREFIX
+from pybroker.core.schedules import Schedules
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
@@ -48,10 +51,12 @@ from pybroker.operations import (
     PUT_MESSAGE,
     PUT_PRODUCER,
     PUT_QUEUE,
+    PUT_SCHEDULING,
     Operation,
     PeerRecord,
     ProducerRecord,
     QueueRecord,
+    SchedulingRecord,
     StoredEntry,
 )
 from pybroker.policies import Policies
@@ -88,6 +93,8 @@ class Core:
         network_name: str = "",
         life: str = "",
         policies: Iterable[PolicyEntry] = (),
+        scheduling: SchedulingRecord = SchedulingRecord(),  # noqa: B008  (frozen)
+        zone: tzinfo = UTC,
     ) -> None:
         self.limits = limits
         self.delivery = delivery
@@ -116,7 +123,7 @@ class Core:
         self._last_message = 0
         self._quiet = False  # nothing is handed out any more
         self._last_id = first_id - 1
-        self.dirty: list[Queue | Producer] = []  # those whose record in the store is out of date
+        self.dirty: list[Queue | Producer | Schedules] = []  # those whose record in the store is out of date
         self.duplicates = 0  # sends that were stored before, and were not stored again
         self.producers = Producers(self, producers)
         self.by_destination: dict[str, Queue] = {}
@@ -132,6 +139,7 @@ class Core:
         for record in records:
             self._restore(record)
         self.links.restore(peers)
+        self.schedules = Schedules(self, scheduling, zone)
 
     def _restore(self, record: QueueRecord) -> None:
         queue = Queue(self, record)
@@ -152,7 +160,7 @@ class Core:
         operations: list[Operation] = []
         for each in self.dirty:
             each.dirty = False
-            operations.append((PUT_QUEUE if each.__class__ is Queue else PUT_PRODUCER, each.record()))
+            operations.append((_RECORDS[each.__class__], each.record()))
         self.dirty.clear()
         return operations
 
@@ -276,20 +284,25 @@ class Core:
         """Raise what `send` would raise, and make nothing (transactions check before they collect)."""
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
-        if message.destination not in self.by_destination:
-            target = parse_destination(message.destination)
-            if target.is_pattern:
-                raise InvalidDestination(f"{message.destination} is a pattern: a message is sent to one name")
+        self.check_destination(message.destination)
+        if PREFIX in message.header_block:
+            self.schedules.check(message)
+
+    def check_destination(self, text: str) -> None:
+        """Raise what sending to it would raise, `LimitExceeded` apart."""
+        if text not in self.by_destination and parse_destination(text).is_pattern:
+            raise InvalidDestination(f"{text} is a pattern: a message is sent to one name")
 
     def send(self, message: Message) -> bool:
         """Take a new message; True when the store will keep it. Raises InvalidDestination, InvalidMessage, LimitExceeded."""
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
+        if PREFIX in message.header_block and (stored := self.schedules.take(message)) is not None:
+            return stored
         text = message.destination
         target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)
         if not message.message_id:  # a producer may have given it one
-            self._last_message += 1
-            message.message_id = b"%b%x" % (self._id_prefix, self._last_message)
+            message.message_id = self.new_message_id()
         message.timestamp = self.now
         expires = message.expires
         if expires and expires <= self.now:
@@ -302,6 +315,10 @@ class Core:
             return self._publish(message, target)
         self.temporaries.send(message)
         return False
+
+    def new_message_id(self) -> bytes:
+        self._last_message += 1
+        return b"%b%x" % (self._id_prefix, self._last_message)
 
     send_once = producers.send_once
 
@@ -485,6 +502,9 @@ class Core:
     browse = browsing.browse
     moving = browsing.moving
     browse_loaded = browsing.browse_loaded
+    # ---- messages that are sent later: see schedules.py
+
+    release_due = schedules.release_due
 
     # ---- whole values for bad ones: see mending.py
 
@@ -556,6 +576,9 @@ class Core:
     def confirm(self, token: Any) -> None:
         """Let the caller know, by `token` in the held effects, when everything emitted so far is committed."""
         self.held.append(token)
+
+
+_RECORDS = {Queue: PUT_QUEUE, Producer: PUT_PRODUCER, Schedules: PUT_SCHEDULING}  # what is written for each of `dirty`
 
 
 def _full(limit: str, value: int) -> BrokerFull:

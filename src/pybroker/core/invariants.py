@@ -9,6 +9,7 @@ from pybroker.core.demand import Key
 from pybroker.core.entry import ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
 from pybroker.core.links import TOPIC_PREFIX, Links, Peer
 from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.schedules import Schedules
 from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE as QUEUE_KIND
 from pybroker.destination import Destination
@@ -37,8 +38,9 @@ def check_invariants(core: Core) -> None:
                 assert entry.state == SETTLING, entry
         for consumer in connection.consumers:
             assert consumer in consumer.queue.consumers, consumer
+    memory += _check_schedules(core.schedules)
     assert core.memory_bytes == memory, (core.memory_bytes, memory)
-    stored = sum(queue.size for queue in core.queues.values())
+    stored = sum(queue.size for queue in core.queues.values()) + core.schedules.size
     assert core.stored_bytes == stored, (core.stored_bytes, stored)
     assert core.spooled_bytes >= 0, core.spooled_bytes
     _check_producers(core)
@@ -74,8 +76,38 @@ def _check_producers(core: Core) -> None:
             assert first + 1 < second if at % 2 else first <= second, ranges
         assert core.producers.find(producer.producer_id) is producer, producer.producer_id
         assert producer.dirty == (producer in core.dirty), producer.producer_id
-    assert all(isinstance(each, Queue) or each in producers for each in core.dirty), core.dirty
+    assert all(isinstance(each, Queue | Schedules) or each in producers for each in core.dirty), core.dirty
     _check_links(core.links)
+
+
+def _check_schedules(schedules: Schedules) -> int:
+    """Returns what they count in memory."""
+    keys, loaded = schedules._keys, schedules._loaded
+    assert keys == sorted(set(keys)), keys
+    waiting = [schedule for queue in schedules.waiting.values() for schedule in queue]
+    assert schedules.held_up == len(waiting), (schedules.held_up, waiting)
+    assert all(schedules.waiting.values()), schedules.waiting
+    transient = {key[1] for key in schedules._transient} & loaded.keys()
+    parts = [{number for _, number in keys}, transient, {schedule.number for schedule in waiting}]
+    assert sum(map(len, parts)) == len(loaded), (parts, loaded)
+    assert set().union(*parts) == loaded.keys(), (parts, loaded)
+    page = schedules.page
+    added = [] if page is None else list(page.added.values())
+    stored = [schedule for schedule in (*loaded.values(), *added) if schedule.message.durable]
+    assert schedules.transient == len(loaded) + len(added) - len(stored), schedules.transient
+    assert len(stored) <= schedules.count, (stored, schedules.count)
+    assert sum(schedule.message.size for schedule in stored) <= schedules.size, (stored, schedules.size)
+    assert len(keys) <= schedules._count_max, keys
+    assert schedules._bytes == sum(loaded[number].message.size for _, number in keys), schedules._bytes
+    for schedule in stored:
+        assert schedule.due >= schedules.record().head, (schedule, schedules.record())
+    if schedules.tail is None:
+        assert len(stored) + schedules.corrupt == schedules.count, (stored, schedules.count)
+        assert page is None, page
+    else:
+        assert not keys or keys[-1] < schedules.tail, (keys, schedules.tail)
+        assert page is not None or len(keys) > schedules._count_max // 2, (keys, "few, and no more are asked for")
+    return sum(schedule.message.size + ENTRY_BYTES for schedule in (*loaded.values(), *added))
 
 
 def _check_queue(queue: Queue, messages: set[Message]) -> int:

@@ -155,6 +155,7 @@ def _check_destinations(core: Core, messages: list[Message]) -> None:
     if len(core.queues) + len(new) > core.limits.destinations_max and any(text.startswith("/queue/") for text in new):
         limit = core.limits.destinations_max
         raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was refused")
+    core.schedules.check_all(messages)
 
 
 def _carry_out(core: Core, transaction: Transaction) -> bool:

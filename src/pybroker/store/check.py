@@ -12,12 +12,13 @@ from pathlib import Path
 
 from pybroker.errors import CorruptRecord, StoreDamaged
 from pybroker.message import Message
-from pybroker.operations import SEQUENCE_MASK, QueueRecord
+from pybroker.operations import SEQUENCE_MASK, QueueRecord, SchedulingRecord
 from pybroker.store import format as fmt
 from pybroker.store.backend import Reader
 from pybroker.store.leveldb import LevelDBBackend
 from pybroker.store.ranges import iterate_whole
 from pybroker.store.report import PROGRESS_KEYS, Problems, Progress, QueueSummary, Report, find_store
+from pybroker.store.schedules import decode_schedule, decode_scheduling, due_key, schedule_key
 from pybroker.store.store import fences
 
 
@@ -66,6 +67,8 @@ class _Verification:
         self.position = (0, 0)
         self.history: list[tuple[int, int]] = []
         self.ids: tuple[int, int] | None = None
+        self.scheduling: SchedulingRecord | None = None
+        self.schedules = _Found()
         self.keys = 0
         self.bytes = 0
 
@@ -90,6 +93,7 @@ class _Verification:
             keys=self.keys,
             bytes=self.bytes,
             bodies=sum(references.body for references in self.bodies.values()),
+            schedules=self.schedules.count,
             problems=tuple(self.problems.listed),
             problem_count=self.problems.count,
         )
@@ -127,6 +131,12 @@ class _Verification:
                 fmt.decode_producer(key, value)
             elif tag == fmt.PEER:
                 fmt.decode_peer(key, value)
+            elif tag == fmt.SCHEDULE:
+                self._schedule(key, value, numbers[0])
+            elif tag == fmt.SCHEDULE_DUE:
+                self._schedule_due(key, value, *numbers)
+            elif tag == fmt.SCHEDULING:
+                self.scheduling = decode_scheduling(value)
             elif tag == fmt.META:
                 self._meta(value)
             elif tag == fmt.POSITION:
@@ -217,6 +227,36 @@ class _Verification:
         if (stored_expires, stored_size) != (expires, size):
             self.problems.add(key, "expiry", "expiry or size differ from the message's")
 
+    def _schedule(self, key: bytes, value: bytes, number: int) -> None:
+        """The record of all schedules comes before them."""
+        self.schedules.count += 1
+        try:
+            schedule = decode_schedule(key, value)
+        except CorruptRecord:
+            self.schedules.corrupt += 1
+            raise
+        self.schedules.size += schedule.message.size
+        row = due_key(schedule.due, number)
+        if self.reader.get(row) is None:
+            self.problems.add(row, "schedule", "the schedule's row in the index by time is missing")
+        record = self.scheduling
+        if record is not None and (number >= record.next_number or schedule.due < record.head):
+            text = f"its number is not below {record.next_number}, or it is due before {record.head}"
+            self.problems.add(key, "schedule", text)
+
+    def _schedule_due(self, key: bytes, value: bytes, due: int, number: int) -> None:
+        size = fmt.decode_number(key, value)
+        stored = self.reader.get(schedule_key(number))
+        if stored is None:
+            self.problems.add(key, "schedule", "a row of the index of schedules without its schedule")
+            return
+        try:
+            schedule = decode_schedule(schedule_key(number), stored)
+        except CorruptRecord:
+            return  # said already, at the schedule
+        if (schedule.due, schedule.message.size) != (due, size):
+            self.problems.add(key, "schedule", "time or size differ from the schedule's")
+
     # ---- what only the whole shows
 
     def _conclude(self) -> None:
@@ -228,6 +268,7 @@ class _Verification:
                 add(fmt.IDS_KEY, "missing", "the store's IDS record")
             self.ids = (fmt.ID_MAX, fmt.ID_MAX)
         self._conclude_history()
+        self._conclude_schedules()
         for queue_id, found in self._sorted():
             self._conclude_queue(queue_id, found)
         for body_id, references in sorted(self.bodies.items()):
@@ -247,6 +288,17 @@ class _Verification:
         if self.history and self.history[-1][0] != self.position[0]:
             text = f"the position {self.position} is not in the last epoch {self.history[-1][0]} of the history"
             self.problems.add(fmt.POSITION_KEY, "history", text)
+
+    def _conclude_schedules(self) -> None:
+        found = self.schedules
+        record = self.scheduling
+        if record is None:
+            if found.count and not any(problem.key == fmt.SCHEDULING_KEY for problem in self.problems.listed):
+                self.problems.add(fmt.SCHEDULING_KEY, "missing", f"record of {found.count} schedules")
+            return
+        if record.count != found.count or (record.size != found.size and not found.corrupt):
+            text = f"{record.count} schedules of {record.size} bytes are counted, found {found.count} of {found.size}"
+            self.problems.add(fmt.SCHEDULING_KEY, "count", text)
 
     def _conclude_queue(self, queue_id: int, found: _Found) -> None:
         key = fmt.queue_key(queue_id)

@@ -33,9 +33,13 @@ DELIVERIES = 0x21  # | queue_id | order: how often delivery began, or the queue'
 BODY = 0x30  # | body_id: a message that several subscriptions share
 REFERENCES = 0x31  # | body_id: how many references are left
 EXPIRY = 0x40  # | expires | queue_id | order: the index of what expires
+SCHEDULING = 0x50  # alone: what there is of schedules. It ends the range of EXPIRY, once there was one
+SCHEDULE = 0x51  # | number: a message to be sent later
+SCHEDULE_DUE = 0x52  # | due | number: the index of when
 END = 0xFF  # alone: LevelDB's end mark, owned by leveldb.py
 
 META_KEY = bytes((META,))
+SCHEDULING_KEY = bytes((SCHEDULING,))
 POSITION_KEY = bytes((POSITION,))
 IDS_KEY = bytes((IDS,))
 
@@ -125,13 +129,13 @@ def parse_key(key: bytes) -> tuple[int, ...]:
     """The tag and the numbers of a key (of a digest, its halves); raise `CorruptRecord` for one that no store has."""
     tag = key[0] if key else -1
     size = len(key)
-    if tag in (MESSAGE, DELIVERIES, PRODUCER, PEER) and size == 17:
+    if tag in (MESSAGE, DELIVERIES, PRODUCER, PEER, SCHEDULE_DUE) and size == 17:
         numbers: tuple[int, ...] = _unkey16(key)
     elif tag == EXPIRY and size == 25:
         numbers = _unkey24(key)
-    elif tag in (QUEUE, BODY, REFERENCES, HISTORY) and size == 9:
+    elif tag in (QUEUE, BODY, REFERENCES, HISTORY, SCHEDULE) and size == 9:
         numbers = _unkey8(key)
-    elif tag in (META, POSITION, IDS) and size == 1:
+    elif tag in (META, POSITION, IDS, SCHEDULING) and size == 1:
         numbers = (tag,)
     else:
         raise CorruptRecord(key, "the key is of no known kind")

@@ -53,6 +53,7 @@ class Report:
     queues         one row per queue; after `salvage` as in the new store
     keys, bytes    what was read: number of keys, bytes of keys and values
     bodies         shared bodies
+    schedules      messages that are to be sent later
     problems       the first PROBLEMS_MAX problems; after `salvage`: what was not copied, or only in part
     problem_count  all of them
     notes          what else the reader should know
@@ -70,6 +71,7 @@ class Report:
     problems: tuple[Problem, ...]
     problem_count: int
     notes: tuple[str, ...] = ()
+    schedules: int = 0
     new_path: Path | None = None
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import CorruptRecord, InvalidDestination, StoreDamaged, StoreError, StoreFormatError, StoreLocked
-from pybroker.operations import LEVELS, SEQUENCE_MASK, QueueRecord
+from pybroker.operations import LEVELS, SEQUENCE_MASK, QueueRecord, SchedulingRecord
 from pybroker.store import format as fmt
 from pybroker.store.backend import Change, Reader
 from pybroker.store.check import belongs, summary
@@ -24,6 +24,7 @@ from pybroker.store.layout import STORE_DIRECTORY
 from pybroker.store.leveldb import LevelDBBackend, repair
 from pybroker.store.ranges import iterate_whole
 from pybroker.store.report import PROGRESS_KEYS, Problems, Progress, Report, find_store
+from pybroker.store.schedules import decode_schedule, decode_scheduling, due_key, encode_scheduling
 from pybroker.store.store import Store, fences
 
 BATCH_CHANGES_MAX = 1_000
@@ -138,6 +139,8 @@ class _Salvage:
         self.position: tuple[int, int] | None = None
         self.epoch = 0  # the last one that the history has
         self.ids = (1, 1)
+        self.scheduling = SchedulingRecord()  # of what was copied, with a head that is made in the end
+        self.first_due: int | None = None
         self.keys = 0
         self.bytes = 0
         self._changes: list[Change] = []
@@ -169,6 +172,7 @@ class _Salvage:
             bodies=len(self.references),
             problems=tuple(self.problems.listed),
             problem_count=self.problems.count,
+            schedules=self.scheduling.count,
             notes=tuple(self.notes),
             new_path=target,
         )
@@ -204,7 +208,24 @@ class _Salvage:
             self._put(key, value)
         elif tag == fmt.IDS:
             self.ids = fmt.decode_pair(key, value)
-        # REFERENCES and EXPIRY are made anew.
+        elif tag == fmt.SCHEDULING:
+            self._numbers_used(decode_scheduling(value).next_number)
+        elif tag == fmt.SCHEDULE:
+            self._schedule(key, value, numbers[0])
+        # REFERENCES, EXPIRY and SCHEDULE_DUE are made anew.
+
+    def _numbers_used(self, next_number: int) -> None:
+        self.scheduling = replace(self.scheduling, next_number=max(self.scheduling.next_number, next_number))
+
+    def _schedule(self, key: bytes, value: bytes, number: int) -> None:
+        self._numbers_used(number + 1)
+        schedule = decode_schedule(key, value)
+        size = schedule.message.size
+        self.scheduling = replace(self.scheduling, count=self.scheduling.count + 1, size=self.scheduling.size + size)
+        self.first_due = schedule.due if self.first_due is None else min(self.first_due, schedule.due)
+        self._put(key, value)
+        row = due_key(schedule.due, number)
+        self._put(row, fmt.encode_number(row, size))
 
     def _message(self, key: bytes, value: bytes, queue_id: int, order: int) -> None:
         queue = self.queues.setdefault(queue_id, _Queue())
@@ -277,6 +298,8 @@ class _Salvage:
         for body_id, count in self.references.items():
             key = fmt.references_key(body_id)
             self._put(key, fmt.encode_number(key, count))
+        if self.scheduling != SchedulingRecord():
+            self._put(fmt.SCHEDULING_KEY, encode_scheduling(replace(self.scheduling, head=self.first_due or 0)))
         records = self._records()
         for record in records:
             key = fmt.queue_key(record.queue_id)

@@ -21,6 +21,7 @@ from pybroker.operations import (
     DELETE_PEER,
     DELETE_PRODUCER,
     DELETE_QUEUE,
+    DELETE_SCHEDULE,
     PUT_BODY,
     PUT_DELIVERIES,
     PUT_MESSAGE,
@@ -28,17 +29,30 @@ from pybroker.operations import (
     PUT_PRODUCER,
     PUT_QUEUE,
     PUT_REFERENCE,
+    PUT_SCHEDULE,
+    PUT_SCHEDULING,
     PUT_VALUE,
     SET_REFERENCES,
     DueEntry,
     PeerRecord,
     ProducerRecord,
     QueueRecord,
+    Schedule,
+    SchedulingRecord,
 )
 from pybroker.store import format as fmt
 from pybroker.store.backend import Backend, Change
 from pybroker.store.due import NEVER, DueReader
 from pybroker.store.pages import Page, Patched, read_page
+from pybroker.store.schedules import (
+    SchedulesRead,
+    decode_scheduling,
+    delete_schedule,
+    encode_scheduling,
+    find_schedule,
+    put_schedule,
+    read_schedules,
+)
 
 NOTHING_MENDED: Mapping[bytes, bytes] = MappingProxyType({})
 BODY_IDS_RESERVED = 1 << 16  # body ids that one write of IDS covers
@@ -54,6 +68,7 @@ class Store:
                     record is epoch 0. Kept up by `write`
     records         the descriptors of its queues, in order of their ids, as they were at `open` or `reload`
     producers, peers  what is known of producers and of other brokers, in order of their keys, as it was then
+    scheduling      what it has of schedules as a whole, as it was then
     next_queue_id   ids from here on were never used, in no life of this store. An id's first use raises the bound in
     next_body_id    the very batch that uses it, so that both are on the disk or neither. (Body ids are reserved in
                     blocks: the bound may be above what was used.) Both are kept up while operations are encoded, and
@@ -72,6 +87,7 @@ class Store:
         self.records: list[QueueRecord] = []
         self.producers: list[ProducerRecord] = []
         self.peers: list[PeerRecord] = []
+        self.scheduling = SchedulingRecord()
         self.next_queue_id = 1
         self.next_body_id = 1
         self.suspect = ""
@@ -130,6 +146,8 @@ class Store:
                 if value is None:
                     raise CorruptRecord(fmt.IDS_KEY, "the key is missing")
                 self.next_queue_id, self.next_body_id = fmt.decode_pair(fmt.IDS_KEY, value)
+                value = reader.get(fmt.SCHEDULING_KEY)
+                scheduling = SchedulingRecord() if value is None else decode_scheduling(value)
                 records = []
                 producers = []
                 peers = []
@@ -149,6 +167,7 @@ class Store:
         self.records = records
         self.producers = producers
         self.peers = peers
+        self.scheduling = scheduling
         self.history = _with_beginning(history)
         self._fenced = {record.queue_id for record in records}
         self._due.reset()
@@ -244,6 +263,12 @@ class Store:
                 add((key, fmt.encode_peer(key, operation[1])))
             elif tag == DELETE_PEER:
                 add((fmt.peer_key(operation[1]), None))
+            elif tag == PUT_SCHEDULE:
+                put_schedule(add, operation[1], operation[2])
+            elif tag == DELETE_SCHEDULE:
+                delete_schedule(add, operation[1], operation[2])
+            elif tag == PUT_SCHEDULING:
+                add((fmt.SCHEDULING_KEY, encode_scheduling(operation[1])))
             elif tag == PUT_VALUE:
                 add((operation[1], operation[2]))
             else:
@@ -394,6 +419,18 @@ class Store:
         except StoreDamaged as error:
             self.distrust(str(error), unreadable=True)
             raise
+
+    def read_schedules(self, start: tuple[int, int], count_max: int, bytes_max: int) -> SchedulesRead:
+        """Schedules in order of time; see `schedules.read_schedules`. Blocking."""
+        with self.backend.snapshot() as reader:
+            found = read_schedules(reader, start, count_max, bytes_max)
+        self.look_for_damage()
+        return found
+
+    def find_schedule(self, number: int) -> Schedule | None:
+        """The schedule of that number, None when there is none. Blocking. Raises `CorruptRecord`."""
+        with self.backend.snapshot() as reader:
+            return find_schedule(reader, number)
 
     @property
     def corrupt_due(self) -> int:
