@@ -9,6 +9,7 @@ messages of a queue are. Non-durable ones are all in memory.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
@@ -229,8 +230,8 @@ class Schedules:
         self._load(schedule)
         self._bytes += schedule.message.size
         self.changed = self.changed or self._keys[0] == key
-        if len(self._keys) > self._count_max or (self._bytes > self._size_max and len(self._keys) > 1):
-            self._cut()
+        if len(self._keys) > self._count_max or self._bytes > self._size_max:
+            self._cut(self._size_max)
 
     def _load(self, schedule: Schedule) -> None:
         self._loaded[schedule.number] = schedule
@@ -243,10 +244,10 @@ class Schedules:
     def _count(self, schedule: Schedule, sign: int) -> None:
         self.core.memory_bytes += sign * (schedule.message.size + ENTRY_BYTES)
 
-    def _cut(self) -> None:
-        """Leave those that are due last to the store, a quarter at once."""
-        keep = self._count_max * 3 // 4
-        while len(self._keys) > 1 and (len(self._keys) > keep or self._bytes > self._size_max):
+    def _cut(self, size_keep: float) -> None:
+        """Leave those that are due last to the store, but the first one: a quarter at once, and what is more than `size_keep`."""
+        keep = self._count_max * 3 // 4 if len(self._keys) > self._count_max else self._count_max
+        while len(self._keys) > 1 and (len(self._keys) > keep or self._bytes > size_keep):
             self.tail = self._keys.pop()
             schedule = self._loaded[self.tail[1]]
             self._bytes -= schedule.message.size
@@ -256,7 +257,8 @@ class Schedules:
 
     def _request_page(self) -> None:
         """Ask for the schedules behind those in memory, when these are few."""
-        if self.page is None and self.tail is not None and len(self._keys) <= self._count_max // 2:
+        few = len(self._keys) <= self._count_max // 2 and self._bytes <= self._size_max // 2
+        if self.page is None and self.tail is not None and (few or not self._keys):
             self.page = SchedulesRequest(self.tail, max(self._count_max // 2, 1), max(self._size_max // 2, 1))
             self.core.held.append(self.page)
 
@@ -300,8 +302,8 @@ class Schedules:
             self._keys.append(key)
             self._load(schedule)
             self._bytes += schedule.message.size
-        if len(self._keys) > self._count_max or (self._bytes > self._size_max and len(self._keys) > 1):
-            self._cut()
+        if len(self._keys) > self._count_max:
+            self._cut(math.inf)  # not for its size: the same page would be read again at once
         self._request_page()
 
     # ---- schedules are due
@@ -316,6 +318,11 @@ class Schedules:
 
     def release(self, count_max: int) -> bool:
         """Send what is due, at most so many. True when there is more to be sent at once."""
+        more = self._release(count_max)
+        self._request_page()
+        return more
+
+    def _release(self, count_max: int) -> bool:
         count = self._release_waiting(count_max)
         if count >= count_max:
             return True
@@ -333,7 +340,6 @@ class Schedules:
                 behind = self.waiting[destination] = deque()
             behind.append(schedule)
             self.held_up += 1
-        self._request_page()
         return False
 
     def _pop(self) -> Schedule:
