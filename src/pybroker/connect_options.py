@@ -28,7 +28,7 @@ class ConnectOptions:
     spread            which broker is chosen of several: ``random`` spreads clients over them, ``first`` takes the first in the
                       order given that answers. (After a lost connection the same broker, or its set, is tried first.)
     own_set_first     for which, after a lost connection, no broker of another set is tried while something is not confirmed: only
-                      the own set, whose next leader may not be there yet, knows what is stored
+                      the own set, whose next leader may not be there yet, knows what is stored; 0 = not at all
     elsewhere         what becomes of sends that were not confirmed when the broker that answers now knows nothing of them:
                       ``doubt`` raises SendInDoubt, ``repeat`` sends them again: a message may then be delivered twice (with
                       the same message id)
@@ -59,6 +59,8 @@ class ConnectOptions:
             "close_timeout",
             "own_set_first",
         ):
+            if name == "own_set_first" and self.own_set_first == 0:
+                continue
             _check_seconds(name, getattr(self, name), infinite=name == "deadline")
         if not 0.01 <= _check_seconds("heartbeat_interval", self.heartbeat_interval) <= 86_400:
             raise ConfigurationError("option heartbeat_interval: expected 0.01 to 86400 seconds")
