@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "store": ("store",),
     "cluster": ("cluster",),
     "run time": (
-        *("engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
+        *("alarm", "engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
         *("keeper", "mending", "replicated"),
         "stomp_temporary",
         *("connections", "native_server", "native_sending", "native_outbox"),

@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo
 
 import trio
 
+from pybroker.alarm import Alarm
 from pybroker.config import BrokerConfig
 from pybroker.core.broker import Core
 from pybroker.core.browsing import BrowseRequest
@@ -116,6 +117,9 @@ class Engine:
         self._reader = trio.CapacityLimiter(1)
         self._reads_send, self._reads = trio.open_memory_channel[Read](float("inf"))
         self._touched: list[Sink] = []
+        self._alarm = Alarm(
+            lambda: self.clock_ms(), config.delivery.clock_check_interval
+        )  # for what is due next in the core
         self._room = trio.Event()
         self._room_wanted = False
         self._schedules_changed = trio.Event()
@@ -154,6 +158,9 @@ class Engine:
             held, core.held = core.held, []
             spool, core.spool_operations = core.spool_operations, []
             self.journal.add(operations, held, spool, bool(core.dirty))
+        if core.redeliveries.moved:
+            core.redeliveries.moved = False
+            self._alarm.set(core.redeliveries.next_due)
         if core.links.changed:
             for link in core.links.changed:  # `flush` asks for the news
                 self._touch(link.sink)
@@ -259,6 +266,7 @@ class Engine:
                 nursery.start_soon(self._while_usable, self._run_reads)
                 nursery.start_soon(self._while_usable, self._run_sweeps)
                 nursery.start_soon(self._while_usable, self._run_schedules)
+                nursery.start_soon(self._while_usable, self._run_due)
                 if self.mender is not None:
                     nursery.start_soon(self._while_usable, self.mender.run, self.begin_turn, self.end_turn)
                 self.end_turn()  # what restoring the core has emitted
@@ -415,6 +423,14 @@ class Engine:
                 wait = min(wait, max(due - self.clock_ms(), 0) / 1_000)
             with trio.move_on_after(wait):
                 await changed.wait()
+
+    async def _run_due(self) -> None:
+        while True:
+            await self._alarm.wait()
+            core = self.begin_turn()
+            core.redeliveries.moved = True  # the alarm has to be set again
+            core.redeliveries.release_due()
+            self.end_turn()
 
     def _disk_full(self, data_dir: Path | None) -> str:
         limit = self.config.limits.disk_free_bytes_min

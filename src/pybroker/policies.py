@@ -52,6 +52,19 @@ class DestinationPolicy:
         inherits="delivery.deliveries_max",
         high=2**31 - 1,
     )
+    redelivery_delay: float = value(
+        0.0, "seconds", "time before a rejected message is delivered again; 0 = at once", high=31_536_000
+    )
+    redelivery_backoff: float = value(
+        1.0, "times", "each further redelivery waits so many times as long as the one before", low=1, high=1_000
+    )
+    redelivery_delay_max: float = value(3_600.0, "seconds", "no redelivery waits longer", high=31_536_000)
+    redelivery_jitter: float = value(
+        0.0, "of the delay", "how much shorter or longer a delay may be, differently for each message", high=1
+    )
+    redelivery_waiting_max: int = value(
+        10_000, "messages", "with so many waiting for their redelivery nothing more of a queue is given out", low=1
+    )
 
 
 VALUES: Mapping[str, Field[Any]] = MappingProxyType({each.name: each for each in fields(DestinationPolicy)})

@@ -12,7 +12,7 @@ class DestinationStatistics:
     """One queue, durable subscription or subscriber's backlog. Counters since the broker opened its store.
 
     depth        messages in it, delivered and unacknowledged ones included; `stored` of them are on disk
-    outstanding  delivered and not acknowledged
+    outstanding  delivered and not acknowledged; `delayed` of these wait for their redelivery, with nobody
     corrupt      stored messages that could not be read, and so are not delivered
     """
 
@@ -24,6 +24,7 @@ class DestinationStatistics:
     stored_bytes: int
     in_memory: int
     outstanding: int
+    delayed: int
     consumers: int
     enqueued: int
     acknowledged: int
@@ -77,6 +78,7 @@ def queue_statistics(queue: Queue) -> DestinationStatistics:
         stored_bytes=queue.size,
         in_memory=len(queue.window) + len(queue.outstanding),
         outstanding=len(queue.outstanding),
+        delayed=len(queue.delayed),
         consumers=len(queue.consumers),
         enqueued=queue.counts.enqueued,
         acknowledged=queue.counts.acknowledged,

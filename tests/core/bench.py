@@ -13,6 +13,7 @@ from pybroker.core.invariants import check_invariants
 from pybroker.core.queue import Queue
 from pybroker.destination import parse_destination
 from pybroker.message import Message
+from pybroker.settings import make_config
 from tests.core.driver import Driver, Ignore
 
 POLICY = DeliveryPolicy(deliveries_max=3, dead_letter_queue="/queue/DLQ")
@@ -21,10 +22,10 @@ POLICY = DeliveryPolicy(deliveries_max=3, dead_letter_queue="/queue/DLQ")
 class Bench:
     """`seen(consumer)` is what a client has seen: bodies with the number of deliveries before."""
 
-    def __init__(self, deliveries_max: int = 3, **limits: Any) -> None:
+    def __init__(self, deliveries_max: int = 3, policy: tuple[dict[str, Any], ...] = (), **limits: Any) -> None:
         self.eye = Ignore()
-        policy = replace(POLICY, deliveries_max=deliveries_max)
-        self.driver = Driver(Limits(**limits), policy, self.eye)
+        delivery = replace(POLICY, deliveries_max=deliveries_max)
+        self.driver = Driver(Limits(**limits), delivery, self.eye, policies=make_config(policy=policy).policy)
 
     @property
     def core(self) -> Core:
@@ -40,6 +41,11 @@ class Bench:
         check_invariants(self.driver.core)
         report = self.driver.verify()
         assert report.ok, report.problems
+
+    def wait(self, milliseconds: int) -> None:
+        """Let time pass; what is due then happens."""
+        self.driver.wait(milliseconds)
+        check_invariants(self.driver.core)
 
     def crash(self) -> None:
         self.driver.crash()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pybroker.config import DeliveryPolicy, Limits
+from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
 from pybroker.core.broker import Core
 from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Connection, Consumer
@@ -122,9 +122,17 @@ class Read:
 class Driver:
     """One broker's store, through as many lives of its core as a test likes."""
 
-    def __init__(self, limits: Limits, delivery: DeliveryPolicy, observer: Observer, now: int = 1_000_000) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        delivery: DeliveryPolicy,
+        observer: Observer,
+        now: int = 1_000_000,
+        policies: tuple[PolicyEntry, ...] = (),
+    ) -> None:
         self.limits = limits
         self.delivery = delivery
+        self.policies = policies
         self.observer = observer
         self.backend = MemoryBackend()
         self.now = now
@@ -157,11 +165,18 @@ class Driver:
             peers=self.store.peers,
             scheduling=self.store.scheduling,
             now=self.now,
+            policies=self.policies,
         )
 
     def _make_spool(self) -> Store:
         self.spool_store = Store.open(MemoryBackend())
         return self.spool_store
+
+    def wait(self, milliseconds: int) -> None:
+        """Let time pass, and do what is due then, as the engine's alarm does."""
+        self.now += milliseconds
+        self.begin_turn().redeliveries.release_due()
+        self.end_turn()
 
     def connect(self, client_id: str = "") -> Connection:
         return self.core.connect(None, client_id)

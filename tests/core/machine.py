@@ -13,7 +13,7 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from pybroker.config import DeliveryPolicy, Limits
+from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
 from pybroker.core import broker as broker_module
 from pybroker.core import queue as queue_module
 from pybroker.core import retiring as retiring_module
@@ -23,7 +23,7 @@ from pybroker.message import Message
 from pybroker.store import format as fmt
 from pybroker.store.store import Store
 from tests.core.driver import Driver, observing
-from tests.core.model import Copy, Key, Member, Model, Pending, Sent
+from tests.core.model import DELAY_MAX_MS, Copy, Key, Member, Model, Pending, Sent
 from tests.core.promises import check_memory, check_nobody_starves, check_store, leftovers
 
 LIMITS = Limits(
@@ -111,11 +111,28 @@ class CoreMachine(RuleBasedStateMachine):
 
     # ---- rules: clients
 
-    @initialize(focus=st.sampled_from(FOCUS), expiring=st.booleans(), window=st.sampled_from((1, 4, 4, 8)))
-    def first(self, focus: tuple[str, ...], expiring: bool, window: int) -> None:
+    @initialize(
+        focus=st.sampled_from(FOCUS),
+        expiring=st.booleans(),
+        window=st.sampled_from((1, 4, 4, 8)),
+        delay=st.sampled_from((0, 0, 50)),
+        waiting_max=st.integers(1, 3),
+    )
+    def first(self, focus: tuple[str, ...], expiring: bool, window: int, delay: int, waiting_max: int) -> None:
         """A run about few destinations gets further than one about all."""
         self.limits = replace(LIMITS, window_messages_max=window)
-        self.driver = Driver(self.limits, DELIVERY, self.model)
+        policies: tuple[PolicyEntry, ...] = ()
+        if delay:
+            values = {
+                "redelivery_delay": delay / 1_000,
+                "redelivery_backoff": 2.0,
+                "redelivery_waiting_max": waiting_max,
+                "redelivery_delay_max": DELAY_MAX_MS / 1_000,
+            }
+            policies = tuple(PolicyEntry(match, values) for match in ("/queue/>", "/topic/>"))
+            self.model.delay, self.model.waiting_max = delay, waiting_max
+            self.limits = replace(self.limits, window_bytes_max=1_000)
+        self.driver = Driver(self.limits, DELIVERY, self.model, policies=policies)
         self.model.driver = self.driver
         self.focus = focus
         self.lasting = (0, 50, 1_500) if expiring else (0,)
@@ -265,7 +282,7 @@ class CoreMachine(RuleBasedStateMachine):
         connection = self.connections.pop(number % len(self.connections))
         core = self.core
         for owner in [owner for owner in self.model.pending if owner[0] is connection]:
-            self._give_back(owner, one_by_one=True)
+            self._give_back(owner, one_by_one=True, leaves=True)
         for consumer, member in list(self.model.members.items()):
             if member.connection is connection:
                 self.model.leave(consumer, one_by_one=True)
@@ -347,9 +364,9 @@ class CoreMachine(RuleBasedStateMachine):
         self.core.abort(*owner)
         self.done()
 
-    def _give_back(self, owner: tuple[Connection, str], one_by_one: bool = False) -> None:
+    def _give_back(self, owner: tuple[Connection, str], one_by_one: bool = False, leaves: bool = False) -> None:
         for key, copy in self._settled(self.model.pending.pop(owner)):
-            self.model.give_back(key, copy, one_by_one)
+            self.model.give_back(key, copy, one_by_one, leaves)
 
     def _settled(self, pending: Pending) -> list[tuple[Key, Copy]]:
         """What a transaction settled and is still in a queue."""
@@ -394,7 +411,8 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(milliseconds=st.sampled_from((10, 60, 1_600)), sweep=st.booleans())
     def pass_time(self, milliseconds: int, sweep: bool) -> None:
         self.between_turns()
-        self.driver.now += milliseconds
+        self.driver.wait(milliseconds)
+        self.model.end_call()
         if sweep:
             self.core.sweep()
             self.done()

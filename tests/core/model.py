@@ -23,6 +23,7 @@ from tests.core.driver import Driver
 
 Key = tuple[Any, ...]  # ("queue", name), ("subscription", client, name) or ("backlog", number)
 DLQ: Key = ("queue", "DLQ")
+DELAY_MAX_MS = 1_600
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Copy:
     visible: bool = False  # the holder has seen it
     transaction: str = ""  # the holder settled it in this transaction
     done: bool = False  # ... by an acknowledgement
+    due: int = 0  # not to be given out before
 
     @property
     def ready(self) -> bool:
@@ -107,6 +109,8 @@ class Snapshot:
 class Model:
     def __init__(self, deliveries_max: int, size_max: int) -> None:
         self.deliveries_max = deliveries_max
+        self.delay = 0  # milliseconds before the first redelivery of a rejected message, twice as long each time
+        self.waiting_max = 0  # with so many waiting nothing of a queue is given out
         self.size_max = size_max  # bytes that a consumer may hold
         self.driver: Driver  # set by whoever makes both
         self.queues: dict[Key, dict[int, Copy]] = {}
@@ -151,6 +155,14 @@ class Model:
         copies = self.queues.get(self.members[consumer].key, {}).values()
         return sorted((c for c in copies if c.holder is consumer and not c.transaction), key=lambda copy: copy.tag)
 
+    def waits(self, copy: Copy) -> bool:
+        """Whether its redelivery is not due yet."""
+        return copy.due > self.now
+
+    def stalled(self, key: Key) -> bool:
+        """Whether so much waits for its redelivery that a queue gives out nothing."""
+        return sum(self.waits(copy) and copy.ready for copy in self.in_queue(key).values()) >= self.waiting_max > 0
+
     def visible_to(self, consumer: Consumer) -> list[Copy]:
         return [copy for copy in self.held_by(consumer) if copy.visible]
 
@@ -190,13 +202,20 @@ class Model:
         for key in self.targets(sent.destination):
             self.expected[key, sent.number] += 1
 
-    def give_back(self, key: Key, copy: Copy, one_by_one: bool = False) -> None:
-        """A consumer loses a copy without acknowledging it. `one_by_one`: others may be given out before it is back."""
+    def give_back(self, key: Key, copy: Copy, one_by_one: bool = False, leaves: bool = False) -> None:
+        """A consumer loses a copy without acknowledging it. `one_by_one`: others may be given out before it is back.
+
+        Where the consumer stays the copy's redelivery is delayed.
+        """
         if copy.visible or copy.transaction:
             copy.low += 1
             copy.high += 1
             if copy.low >= self.deliveries_max and key != DLQ:
                 self.dying.append(copy)
+            elif self.delay and not leaves and copy.holder in self.members and copy.holder not in self.leaving:
+                copy.due = self.now + min(self.delay * 2 ** (copy.low - 1), DELAY_MAX_MS)
+                if copy.expires:
+                    copy.due = min(copy.due, copy.expires)
         else:
             copy.unshown = True
         copy.holder = None
@@ -324,6 +343,8 @@ class Model:
             self.give_back(key, copy, True)
         assert copy.ready, f"{copy} is given out twice"
         assert not self.expired(copy), f"{copy} is given out late"
+        assert not self.waits(copy), f"{copy} is given out before it is due"
+        assert not self.stalled(key), f"{copy} is given out of a queue that is stalled"
         assert not consumer.connection.paused, consumer
         assert member.started, consumer
         held = self.held_by(consumer)
@@ -331,7 +352,7 @@ class Model:
         size = sum(len(other.sent.body) + len(other.block) for other in held)
         assert size < self.size_max, f"more than {self.size_max} bytes"
         for other in copies.values():
-            if other.ready and other.order < copy.order and not self.expired(other):
+            if other.ready and other.order < copy.order and not self.expired(other) and not self.waits(other):
                 assert other.uid in self.returning, f"{copy} overtakes {other}"
         assert copy.low <= entry.deliveries <= copy.high, (entry.deliveries, copy)
         assert entry.deliveries < self.deliveries_max or key == DLQ, f"{copy} had its last delivery before"
@@ -415,6 +436,7 @@ class Model:
                 risen.visible = False
                 risen.transaction = ""
                 risen.unshown = True
+                risen.due = 0
                 self.in_queue(key)[order] = risen
 
 

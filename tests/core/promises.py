@@ -59,7 +59,10 @@ def check_nobody_starves(driver: Driver, model: Model) -> None:
         held = model.held_by(consumer)
         size = sum(len(copy.sent.body) + len(copy.block) for copy in held)
         if len(held) < member.prefetch and size < driver.limits.prefetch_bytes_max:
-            waiting = [c for c in model.in_queue(member.key).values() if c.ready and not model.expired(c)]
+            if model.stalled(member.key):
+                continue
+            copies = model.in_queue(member.key).values()
+            waiting = [copy for copy in copies if copy.ready and not model.expired(copy) and not model.waits(copy)]
             assert not waiting, (consumer, waiting, core.queues)
 
 

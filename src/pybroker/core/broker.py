@@ -31,6 +31,7 @@ from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.schedule_headers import PREFIX
 from pybroker.core.schedules import Schedules
+from pybroker.core.redelivery import Redeliveries
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
@@ -113,6 +114,7 @@ class Core:
         self.disk_full = ""  # why the disk has no room, as the caller found it; "" when it has
         self.page_below = max(limits.window_messages_max // 2, 1)  # a window below this asks for its next page
         self.expiries = Expiries()
+        self.redeliveries = Redeliveries(self)
         self.shared = SharedBodies()
         self.due_removed: set[tuple[int, int]] | None = None  # (queue id, order) that went while the index is read
         self.connections: dict[Connection, None] = {}

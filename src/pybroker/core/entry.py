@@ -16,6 +16,7 @@ SENT = 2  # shown to the consumer, not yet acknowledged
 SETTLING = 3  # acknowledged (or rejected) inside an open transaction
 GONE = 4  # no longer in its queue
 STRANDED = 5  # at the hop limit of the network: only a consumer of this broker may have it
+DELAYED = 6  # rejected, and not yet due for its next delivery: see redelivery.py
 
 ENTRY_BYTES = 512  # what an entry is counted with beside its message: about what its objects take
 
@@ -72,5 +73,5 @@ class Entry:
         return successor
 
     def __repr__(self) -> str:
-        state = ("READY", "HELD", "SENT", "SETTLING", "GONE", "STRANDED")[self.state]
+        state = ("READY", "HELD", "SENT", "SETTLING", "GONE", "STRANDED", "DELAYED")[self.state]
         return f"<Entry {self.message.message_id!r} {state} in {self.queue.name} at {self.order:#x}>"

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from pybroker.core.broker import Core
 from pybroker.core.demand import Key
-from pybroker.core.entry import ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
+from pybroker.core.entry import DELAYED, ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
 from pybroker.core.links import TOPIC_PREFIX, Links, Peer
 from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
 from pybroker.core.schedules import Schedules
@@ -43,6 +43,7 @@ def check_invariants(core: Core) -> None:
     stored = sum(queue.size for queue in core.queues.values()) + core.schedules.size
     assert core.stored_bytes == stored, (core.stored_bytes, stored)
     assert core.spooled_bytes >= 0, core.spooled_bytes
+    assert len(core.redeliveries) == sum(len(queue.delayed) for queue in core.queues.values()), len(core.redeliveries)
     _check_producers(core)
     _check_temporaries(core)
 
@@ -125,11 +126,15 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     outstanding = list(queue.outstanding.values())
     for order, entry in queue.outstanding.items():
         assert entry.order == order, entry
-        assert entry.state in (HELD, SENT, SETTLING, STRANDED), entry
+        assert entry.state in (HELD, SENT, SETTLING, STRANDED, DELAYED), entry
         assert (entry.state == STRANDED) == (entry in queue.stranded), entry
         if entry.state in (HELD, SENT):
             assert entry.consumer is not None, entry
             assert entry.consumer.unacked[entry.tag] is entry, entry
+    delayed = {order: entry for order, entry in queue.outstanding.items() if entry.state == DELAYED}
+    assert queue.delayed == delayed, (queue, queue.delayed, delayed)
+    assert queue.delayed_size == sum(entry.message.size for entry in delayed.values()), queue
+    assert queue.stalled is None or (delayed and not queue.available), (queue, queue.stalled)
     loaded = [*window, *added, *outstanding]
     for entry in loaded:
         assert entry.state != GONE, entry

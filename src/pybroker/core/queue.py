@@ -59,6 +59,8 @@ class Queue:
         "core",
         "count",
         "counts",
+        "delayed",
+        "delayed_size",
         "dirty",
         "dispatched",
         "head",
@@ -74,6 +76,7 @@ class Queue:
         "size",
         "spooled",
         "spooled_size",
+        "stalled",
         "stranded",
         "subscription",
         "tail",
@@ -112,6 +115,9 @@ class Queue:
         )  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
         self.routes: dict[Peer, tuple[int, frozenset[str]]] | None = None  # who of the network wants its messages
         self.stranded: list[Entry] = []  # those of `outstanding` that are at the hop limit
+        self.delayed: dict[int, Entry] = {}  # those of `outstanding` that wait for their redelivery
+        self.delayed_size = 0
+        self.stalled: dict[Consumer, None] | None = None  # so much waits; who could be given something meanwhile
         self.counts = QueueCounts()
 
     @property
@@ -307,6 +313,9 @@ class Queue:
     def list_consumer(self, consumer: Consumer) -> None:
         """Let a consumer that is able again take part in the dispatch."""
         if not consumer.listed and consumer.able:
+            if self.stalled is not None:
+                self.stalled[consumer] = None
+                return
             consumer.listed = True
             self.available.append(consumer)
             if self.stranded:
@@ -387,6 +396,7 @@ class Queue:
         for entry in entries:
             del self.outstanding[entry.order]
             shown = entry.state != HELD
+            holder = entry.consumer
             # A new object: the old one may stand in an outbox or in the held effects, and must mean nothing there.
             if not entry.stored and entry.message.expires:
                 core.expiries.discard(entry)
@@ -407,6 +417,8 @@ class Queue:
                 continue
             if self.kind == DELETED:
                 self.forget(entry)
+            elif shown and core.redeliveries.delays(self, holder):
+                core.redeliveries.hold(entry)
             else:
                 self._insert(entry)
 

@@ -67,6 +67,7 @@ def expire_held(core: Core, entries: list[Entry]) -> None:
 def sweep(core: Core) -> None:
     """Remove what has expired by `now`, and what is too old of producers; what the store's index knows is asked for."""
     core.producers.sweep()
+    core.redeliveries.release_due()  # as the clock may have been set
     for entry in core.expiries.due(core.now):
         _expire_ready(core, entry.queue, entry.order)
     if core.due_removed is None:
@@ -144,6 +145,7 @@ def forget_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> No
 
 def drop_queue(core: Core, queue: Queue, entries: Iterable[Entry]) -> None:
     """Remove a queue of which nothing is stored, with what is in it. `entries`: those outstanding that nobody has any more."""
+    core.redeliveries.release(queue)
     page = queue.page.added if queue.page is not None else {}
     for entry in [*entries, *queue.window, *page.values()]:
         queue.window.discard(entry.order)

@@ -1,0 +1,36 @@
+"""What destination policies do for clients: the same in process, over the native protocol and over STOMP."""
+
+from __future__ import annotations
+
+import trio
+from trio.testing import MockClock
+
+from pybroker.broker import Broker
+from tests.client.conftest import World
+from tests.client.support import fill
+from tests.engine.support import engine_of
+
+Q = "/queue/q"
+
+
+async def started(world: World, **overrides: object) -> Broker:
+    """The broker, with the virtual clock as its wall clock."""
+    broker = await world.start(**overrides)
+    engine_of(broker).clock_ms = lambda: int(trio.current_time() * 1_000)
+    return broker
+
+
+async def test_a_rejected_message_is_delayed_and_others_are_not(autojump_clock: MockClock, world: World) -> None:
+    await started(world, policy=[{"match": "/queue/>", "redelivery_delay": 20}])
+    async with world.client() as client:
+        await fill(client, 2)
+        async with client.subscribe(Q, prefetch=1) as messages:
+            await (await messages.receive()).nack()
+            other = await messages.receive()
+            assert other.body == b"1"
+            await other.ack()
+            began = trio.current_time()
+            again = await messages.receive()
+            assert 19 < trio.current_time() - began < 21
+            assert (again.body, again.redelivered) == (b"0", True)
+            await again.ack()
