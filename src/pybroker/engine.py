@@ -24,7 +24,7 @@ from pybroker.core.broker import Core
 from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
-from pybroker.core.reads import DueRequest, PageRequest
+from pybroker.core.reads import DueRequest, PageRequest, Whole, read_whole
 from pybroker.core.schedules import ScheduleLookup, SchedulesRequest
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, CorruptRecord
 from pybroker.journal import Journal, LocalCommitter
@@ -366,12 +366,14 @@ class Engine:
     async def _read_due(self, request: DueRequest) -> None:
         spooled = self.core.spooled > 0
 
-        def read() -> tuple[list[DueEntry], list[DueEntry]]:
+        def read() -> tuple[list[DueEntry], list[DueEntry], Whole, Whole]:
             what = (request.now, request.count_max, request.after)
-            return self.store.read_due(*what), self._spool.read_due(*what) if spooled else []
+            rows, transient = self.store.read_due(*what), self._spool.read_due(*what) if spooled else []
+            whole = read_whole(self._spool, transient, request) if transient else {}
+            return rows, transient, read_whole(self.store, rows, request), whole
 
-        stored, transient = await self._in_reader(read)
-        self.begin_turn().due_loaded(request, stored, transient)
+        found = await self._in_reader(read)
+        self.begin_turn().due_loaded(request, *found)
 
     async def _read_schedules(self, request: SchedulesRequest) -> None:
         found = await self._in_reader(

@@ -9,15 +9,17 @@ A value is one field of `DestinationPolicy`: add one there, and it is read, chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
-from pybroker.destination import Destination, matches, parse_destination
+from pybroker.destination import QUEUE, Destination, matches, parse_destination
+from pybroker.errors import InvalidDestination
 
 DELIVERY = DeliveryPolicy()
+NAME = "{name}"  # stands in a dead-letter queue for the name of where the message was
 REMEMBERED_MAX = 10_000  # destinations whose policy is remembered
 NUMBER_MAX = 2**53  # what a number may be at most: beyond it JSON and TOML readers disagree
 
@@ -31,14 +33,35 @@ def value(
     low: float = 0,
     high: float = NUMBER_MAX,
     choices: tuple[str, ...] = (),
+    check: Callable[[str], str] | None = None,
 ) -> Any:
     """A value of the policy: its default, unit and meaning.
 
     `inherits`: the field of the configuration that is the default where it is given. `low`, `high`: what a number may be at least
-    and at most. `choices`: what a text may be.
+    and at most. `choices`: what a text may be; `check`: says what it should be where it is wrong, else "".
     """
-    facts = {"unit": unit, "doc": doc, "inherits": inherits, "low": low, "high": high, "choices": choices}
+    facts = {
+        "unit": unit,
+        "doc": doc,
+        "inherits": inherits,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "check": check,
+    }
     return field(default=default, metadata=facts)
+
+
+def dead_letter_fault(template: str) -> str:
+    """What a dead-letter queue should be, "" where `template` is one."""
+    try:
+        target = parse_destination(template.replace(NAME, "x")) if template else None
+    except InvalidDestination as error:
+        return f"'', or /queue/NAME, which may have {NAME} in it ({error})"
+    one = template.count(NAME) <= 1 and template != f"/queue/{NAME}"
+    if target is None or (one and target.kind == QUEUE and not target.is_pattern):
+        return ""
+    return f"'', or /queue/NAME without wildcards, which may have {NAME} in it once, and something beside it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +88,15 @@ class DestinationPolicy:
     redelivery_waiting_max: int = value(
         10_000, "messages", "with so many waiting for their redelivery nothing more of a queue is given out", low=1
     )
+    dead_letter_queue: str = value(
+        DELIVERY.dead_letter_queue,
+        "queue",
+        "where dead letters go; {name} is where they were; '' = they are dropped",
+        inherits="delivery.dead_letter_queue",
+        check=dead_letter_fault,
+    )
+    dead_letter_expired: bool = value(False, "yes or no", "whether a message that expires is a dead letter, too")
+    dead_letter_transient: bool = value(True, "yes or no", "whether a dead letter that is not durable is kept")
 
 
 VALUES: Mapping[str, Field[Any]] = MappingProxyType({each.name: each for each in fields(DestinationPolicy)})
@@ -105,6 +137,8 @@ class Policies:
                 self._inherited[name] = getattr(given[table], field_name)
         self.base = DestinationPolicy(**self._inherited)
         self._resolved: dict[Destination, DestinationPolicy] = {}
+        templates = sorted(self.all_of("dead_letter_queue") - {""})
+        self._dead_letters = [template.removeprefix("/queue/").partition(NAME) for template in templates]
 
     def of(self, destination: Destination) -> DestinationPolicy:
         """What holds for a destination. (A durable subscription of a topic's pattern has what holds for the pattern as a name.)"""
@@ -118,9 +152,22 @@ class Policies:
             policy = self._resolved[destination] = DestinationPolicy(**{**self._inherited, **chosen})
         return policy
 
-    def all(self) -> Iterable[DestinationPolicy]:
-        """What holds for each pattern of the entries, as a name, and where none matches: every value is there that can apply."""
-        return [self.base, *(self.of(pattern) for pattern, _ in self._entries)]
+    def all_of(self, name: str) -> set[Any]:
+        """Every value of that name that can hold somewhere."""
+        return {getattr(self.base, name)} | {entry.values[name] for _, entry in self._entries if name in entry.values}
+
+    def is_dead_letter_queue(self, destination: Destination) -> bool:
+        """Whether dead letters of some destination may go there: then what is there is a dead letter no further time."""
+        if destination.kind != QUEUE:
+            return False
+        name = destination.name
+        for start, mark, end in self._dead_letters:
+            if not mark:
+                if name == start:
+                    return True
+            elif len(name) > len(start + end) and name.startswith(start) and name.endswith(end):
+                return True
+        return False
 
     def _sources(self, destination: Destination) -> dict[str, PolicyEntry]:
         """The entry that each value comes from, for those that one sets."""
@@ -153,7 +200,7 @@ def fault_of(name: str, given: Any) -> str:
     if kind is str:
         choices = facts["choices"]
         if isinstance(given, str) and (not choices or given in choices):
-            return ""
+            return facts["check"](given) if facts["check"] is not None else ""
         return "one of " + ", ".join(map(repr, choices)) if choices else "text"
     whole = isinstance(given, int) and not isinstance(given, bool)
     if (whole or (kind is float and isinstance(given, float))) and facts["low"] <= given <= facts["high"]:

@@ -13,6 +13,7 @@ class DestinationStatistics:
 
     depth        messages in it, delivered and unacknowledged ones included; `stored` of them are on disk
     outstanding  delivered and not acknowledged; `delayed` of these wait for their redelivery, with nobody
+    dropped      messages that would have been dead letters, and have no queue by policy
     corrupt      stored messages that could not be read, and so are not delivered
     """
 
@@ -30,6 +31,7 @@ class DestinationStatistics:
     acknowledged: int
     redelivered: int
     dead_lettered: int
+    dropped: int
     expired: int
     corrupt: int
 
@@ -84,6 +86,7 @@ def queue_statistics(queue: Queue) -> DestinationStatistics:
         acknowledged=queue.counts.acknowledged,
         redelivered=queue.counts.redelivered,
         dead_lettered=queue.counts.dead_lettered,
+        dropped=queue.counts.dropped,
         expired=queue.counts.expired,
         corrupt=queue.counts.corrupt,
     )

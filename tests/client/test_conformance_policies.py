@@ -34,3 +34,21 @@ async def test_a_rejected_message_is_delayed_and_others_are_not(autojump_clock: 
             assert 19 < trio.current_time() - began < 21
             assert (again.body, again.redelivered) == (b"0", True)
             await again.ack()
+
+
+async def test_a_dead_letter_goes_to_the_queue_of_its_policy_and_says_where_it_was(
+    autojump_clock: MockClock, world: World
+) -> None:
+    await started(world, policy=[{"match": "/queue/>", "deliveries_max": 1, "dead_letter_queue": "/queue/DLQ.{name}"}])
+    async with world.client() as client:
+        await fill(client, 1)
+        async with client.subscribe(Q) as messages:
+            await (await messages.receive()).nack()
+        async with client.subscribe("/queue/DLQ.q") as messages:
+            letter = await messages.receive()
+            assert [letter.header(f"dead-letter-{name}") for name in ("origin", "reason", "deliveries")] == [
+                Q,
+                "deliveries",
+                "1",
+            ]
+            await letter.ack()

@@ -21,7 +21,7 @@ from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.queue import Queue
-from pybroker.core.reads import DueRequest, PageRequest
+from pybroker.core.reads import DueRequest, PageRequest, Whole, read_whole
 from pybroker.core.schedules import ScheduleLookup, SchedulesRequest
 from pybroker.errors import BrokerError
 from pybroker.mending import _operation
@@ -116,6 +116,7 @@ class Read:
     stored: Any = None
     transient: Any = None
     mended: list[tuple[int, Operation]] = field(default_factory=list)
+    whole: list[Whole] = field(default_factory=lambda: [{}, {}])
     steps: int = 0
 
 
@@ -285,10 +286,14 @@ class Driver:
         if read.steps == 0:
             read.spooled = self.core.spooled > 0 and not isinstance(request, SchedulesRequest | ScheduleLookup)
             read.stored = self._read_from(self.store, request)
+            if isinstance(request, DueRequest):
+                read.whole[0] = read_whole(self.store, read.stored, request)
             if self.peers and isinstance(request, PageRequest):
                 self._mend(read)
         elif read.steps == 1:
             read.transient = self._read_from(self.spool, request) if read.spooled else None
+            if isinstance(request, DueRequest) and read.transient:
+                read.whole[1] = read_whole(self.spool, read.transient, request)
         else:
             self.reads.popleft()
             self._hand_over(read)
@@ -327,7 +332,7 @@ class Driver:
         elif isinstance(request, ScheduleLookup):
             core.schedules.looked_up(request, stored)
         elif isinstance(request, DueRequest):
-            core.due_loaded(request, stored, transient if transient is not None else [])
+            core.due_loaded(request, stored, transient if transient is not None else [], *read.whole)
         else:
             assert self.peers is not None or not stored.corrupt, stored.corrupt
             bounds = [

@@ -126,8 +126,10 @@ def test_after_the_last_delivery_a_message_is_a_dead_letter_that_says_where_from
     (letter,) = [entry.message for entry in bench.entries(graveyard)]
     assert decode_headers(letter.header_block) == [
         ("dead-letter-origin", "/queue/a"),
+        ("dead-letter-expires", str(bench.driver.now + 1_000)),
         ("dead-letter-reason", "deliveries"),
         ("dead-letter-deliveries", "2"),
+        ("dead-letter-time", str(bench.driver.now)),
         ("k", "v"),
     ]
     assert (letter.body, letter.priority, letter.expires, letter.durable) == (b"1", 7, 0, True)

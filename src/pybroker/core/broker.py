@@ -29,9 +29,9 @@ from pybroker.core.links import Links, Peer
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
+from pybroker.core.redelivery import Redeliveries
 from pybroker.core.schedule_headers import PREFIX
 from pybroker.core.schedules import Schedules
-from pybroker.core.redelivery import Redeliveries
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
@@ -119,6 +119,7 @@ class Core:
         self.due_removed: set[tuple[int, int]] | None = None  # (queue id, order) that went while the index is read
         self.connections: dict[Connection, None] = {}
         self.queues: dict[int, Queue] = {}
+        self.expiring: set[int] = set()  # ids of queues whose expired messages are dead letters
         self.unrouted = 0  # messages to topics that nobody subscribes to
         self.expired_on_arrival = 0
         self._id_prefix = id_prefix.encode()
@@ -308,8 +309,7 @@ class Core:
         message.timestamp = self.now
         expires = message.expires
         if expires and expires <= self.now:
-            self.expired_on_arrival += 1
-            return False
+            return self.expire_on_arrival(message)
         if target.__class__ is Queue:
             target.accept(message)
             return message.durable
@@ -495,6 +495,7 @@ class Core:
     dead_letter_due = retiring.dead_letter_due
     dead_letter = retiring.dead_letter
     expire = retiring.expire
+    expire_on_arrival = retiring.expire_on_arrival
     expire_held = retiring.expire_held
     sweep = retiring.sweep
     due_loaded = retiring.due_loaded

@@ -214,7 +214,7 @@ def take(links: Links, message: Message) -> None:
         raise InvalidDestination(f"{message.destination} is a pattern: a message is sent to one name")
     core.check(message)
     if message.expires and message.expires <= core.now:
-        core.expired_on_arrival += 1
+        core.expire_on_arrival(message)
     elif target.kind == QUEUE:
         core.queue(target).accept(message)
     elif target.kind != TOPIC:

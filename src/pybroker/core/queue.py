@@ -64,6 +64,7 @@ class Queue:
         "dirty",
         "dispatched",
         "head",
+        "is_dead_letter_queue",
         "kind",
         "name",
         "next_sequence",
@@ -93,6 +94,9 @@ class Queue:
         self.client_id = record.client_id
         self.subscription = record.subscription
         self.policy = core.policies.of(self.destination) if self.kind != LINK else core.policies.base
+        self.is_dead_letter_queue = self.kind == QUEUE and core.policies.is_dead_letter_queue(self.destination)
+        if self.policy.dead_letter_expired and self.kind != LINK:
+            core.expiring.add(self.queue_id)
         self.next_sequence = record.next_sequence
         self.count = record.count  # stored messages, ready or outstanding
         self.size = record.size  # bytes of these
@@ -572,6 +576,7 @@ class QueueCounts:
         "acknowledged",
         "corrupt",
         "dead_lettered",
+        "dropped",
         "enqueued",
         "expired",
         "forwarded",
@@ -584,6 +589,7 @@ class QueueCounts:
         self.acknowledged = 0
         self.redelivered = 0
         self.dead_lettered = 0
+        self.dropped = 0  # dead letters that a policy has no queue for
         self.expired = 0
         self.forwarded = 0
         self.removed = 0  # purged, or moved elsewhere

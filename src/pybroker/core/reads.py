@@ -6,10 +6,12 @@ committed, and what it brings can only be out of date by what the core has recor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pybroker.core.entry import Entry
+from pybroker.operations import DueEntry, StoredEntry
 
 if TYPE_CHECKING:
     from pybroker.core.queue import Queue
@@ -41,8 +43,27 @@ class DueRequest:
     """Read the expiry index up to `now` (milliseconds since the Unix epoch), at most `count_max` rows.
 
     `after`: only rows behind this one (expires, queue id, order): those before it are outstanding, and stay.
+    `whole`: ids of queues whose messages have to be read, too (`read_whole`), of `size_max` bytes together (one always is).
     """
 
     now: int
     count_max: int
     after: tuple[int, int, int] | None = None
+    whole: frozenset[int] = frozenset()
+    size_max: int = 0
+
+
+Whole = dict[tuple[int, int], StoredEntry]  # by queue id and order
+
+
+def read_whole(source: Any, rows: Iterable[DueEntry], request: DueRequest) -> Whole:
+    """The messages that a request wants of the rows that were read for it. `source` reads pages, as a store does."""
+    found: Whole = {}
+    size = 0
+    for row in rows:
+        if row.queue_id in request.whole and (not found or size + row.size <= request.size_max):
+            page = source.read_page(row.queue_id, row.order, 1, 1)
+            if page.entries and page.entries[0].order == row.order:
+                found[row.queue_id, row.order] = page.entries[0]
+                size += row.size
+    return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pybroker.core import dead_letters
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.forwarding import original
-from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION, Queue
-from pybroker.core.reads import DueRequest
-from pybroker.message import encode_headers
+from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
+from pybroker.core.reads import DueRequest, Whole
+from pybroker.destination import parse_destination
+from pybroker.message import Message
 from pybroker.operations import DELETE_MESSAGE, DELETE_QUEUE, DueEntry
 
 if TYPE_CHECKING:
@@ -19,36 +21,52 @@ DUE_ROWS_MAX = 1_000  # rows of the expiry index that one sweep reads at a time
 
 
 def dead_letter_due(core: Core, entry: Entry) -> bool:
-    limit = entry.queue.policy.deliveries_max
-    if (
-        not limit or entry.deliveries < limit or entry.queue.kind == LINK
-    ):  # on a link, to be sent again is no failed try
-        return False
     queue = entry.queue
-    return not (queue.kind == QUEUE and queue.name == core.dead_letters.name)
+    limit = queue.policy.deliveries_max
+    # On a link, to be sent again is no failed try.
+    return bool(limit) and entry.deliveries >= limit and queue.kind != LINK and not queue.is_dead_letter_queue
 
 
 def dead_letter(core: Core, entry: Entry, reason: str) -> None:
-    """Move an entry, that stands in no collection of its queue, to the dead-letter queue."""
+    """Move an entry, that stands in no collection of its queue, to the dead letters; or drop it, where a policy says so."""
     queue = entry.queue
-    queue.counts.dead_lettered += 1
-    origin = [("dead-letter-origin", entry.message.destination)]
-    if queue.kind == SUBSCRIPTION:
-        origin.append(("dead-letter-subscription", f"{queue.client_id}/{queue.subscription}"))
-    notes = [("dead-letter-reason", reason), ("dead-letter-deliveries", str(entry.deliveries))]
-    message = original(entry.message) if queue.kind == LINK else entry.message
-    letter = message.moved_to(str(core.dead_letters), encode_headers([*origin, *notes]))
+    if queue.kind == LINK:
+        message, subscription = original(entry.message), ""
+        policy = core.policies.of(parse_destination(message.destination))
+    else:
+        message, policy = entry.message, queue.policy
+        subscription = f"{queue.client_id}/{queue.subscription}" if queue.kind == SUBSCRIPTION else ""
+    letter = dead_letters.letter(core, message, policy, reason, entry.deliveries, subscription)
     queue.forget(entry)
-    target = core.by_destination.get(letter.destination)
-    if target is None:  # whatever `destinations_max` says: a dead letter must not be lost
-        target = core.add_named_queue(core.dead_letters)
-    target.accept(letter)
+    if letter is None:
+        queue.counts.dropped += 1
+        return
+    queue.counts.dead_lettered += 1
+    dead_letters.deliver(core, letter)
 
 
 def expire(core: Core, entry: Entry) -> None:
-    """Remove an expired entry that stands in no collection of its queue."""
-    entry.queue.counts.expired += 1
-    entry.queue.forget(entry)
+    """Remove an expired entry that stands in no collection of its queue. It may be a dead letter, by policy."""
+    queue = entry.queue
+    queue.counts.expired += 1
+    if queue.policy.dead_letter_expired and queue.kind not in (LINK, DELETED) and not queue.is_dead_letter_queue:
+        dead_letter(core, entry, dead_letters.EXPIRED)
+    else:
+        queue.forget(entry)
+
+
+def expire_on_arrival(core: Core, message: Message) -> bool:
+    """A message has come that has expired already. True when the store will keep it, as a dead letter."""
+    core.expired_on_arrival += 1
+    target = parse_destination(message.destination)
+    policy = core.policies.of(target)
+    if not policy.dead_letter_expired or core.policies.is_dead_letter_queue(target):
+        return False
+    letter = dead_letters.letter(core, message, policy, dead_letters.EXPIRED, 0, "")
+    if letter is None:
+        return False
+    dead_letters.deliver(core, letter)
+    return letter.durable
 
 
 def expire_held(core: Core, entries: list[Entry]) -> None:
@@ -73,7 +91,12 @@ def sweep(core: Core) -> None:
     if core.due_removed is None:
         core.due_removed = set()
         core.shared.read_began()
-        core.held.append(DueRequest(core.now, DUE_ROWS_MAX))
+        core.expiring &= core.queues.keys()
+        core.held.append(_request(core, core.now, None))
+
+
+def _request(core: Core, now: int, after: tuple[int, int, int] | None) -> DueRequest:
+    return DueRequest(now, DUE_ROWS_MAX, after, frozenset(core.expiring), core.limits.window_bytes_max)
 
 
 def _expire_ready(core: Core, queue: Queue, order: int) -> bool:
@@ -93,17 +116,32 @@ def _expire_ready(core: Core, queue: Queue, order: int) -> bool:
     return True
 
 
-def due_loaded(core: Core, request: DueRequest, rows: list[DueEntry], transient: list[DueEntry]) -> None:
-    """Take what was read of the expiry index of the store and of the spool; ask for more where there is more."""
+def due_loaded(
+    core: Core,
+    request: DueRequest,
+    rows: list[DueEntry],
+    transient: list[DueEntry],
+    whole: Whole | None = None,
+    whole_transient: Whole | None = None,
+) -> None:
+    """Take what was read of the expiry index of the store and of the spool; ask for more where there is more.
+
+    `whole`: messages that the request asked for. One that was not read is met again by the next sweep.
+    """
     removed = core.due_removed or set()
     core.due_removed = None
-    for stored, found in ((True, rows), (False, transient)):
+    for stored, found, messages in ((True, rows, whole), (False, transient, whole_transient)):
         for row in found:
             queue = core.queues.get(row.queue_id)
             if queue is None or (row.queue_id, row.order) in removed or _expire_ready(core, queue, row.order):
                 continue
             if queue.tail is not None and row.order >= queue.tail:
-                _expire_unloaded(core, queue, row, stored)
+                if queue.policy.dead_letter_expired and not queue.is_dead_letter_queue:
+                    read = (messages or {}).get((row.queue_id, row.order))
+                    if read is not None:
+                        core.expire(queue._from_store(read, stored))
+                else:
+                    _expire_unloaded(core, queue, row, stored)
     core.shared.read_ended()
     if max(len(rows), len(transient)) >= request.count_max:
         # Behind the last row of the index that ended first: the other one's rows are met again, which does no harm.
@@ -111,7 +149,7 @@ def due_loaded(core: Core, request: DueRequest, rows: list[DueEntry], transient:
         last = min((row.expires, row.queue_id, row.order) for row in ends)
         core.due_removed = set()
         core.shared.read_began()
-        core.held.append(DueRequest(request.now, request.count_max, last))
+        core.held.append(_request(core, request.now, last))
 
 
 def _expire_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> None:

@@ -134,6 +134,7 @@ def remove_subscription(core: Core, client_id: str, name: str) -> None:
     del core.subscriptions[client_id, name]
     core.unroute(queue)
     core.links.unsubscribed(queue)
+    core.redeliveries.release(queue)
     queue.kind = DELETED
     if not queue.dirty:
         core.touch(queue)

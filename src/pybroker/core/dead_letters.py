@@ -1,0 +1,87 @@
+"""Dead letters: how one is written, read, and sent back to where it came from. A part of `Core`. Pure.
+
+A dead letter is the message, with its body, headers, id, priority and durability, in another queue; in front of its own headers
+stand those that say where it was and why it left. It never expires. In a queue of dead letters a message is a dead letter no
+further time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from pybroker.destination import NAME_BYTES_MAX, Destination, parse_destination
+from pybroker.message import Message, decode_headers, encode_headers
+from pybroker.policies import NAME, DestinationPolicy
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+DELIVERIES = "deliveries"  # reasons
+EXPIRED = "expired"
+PREFIX = "dead-letter-"
+FIELDS = ("origin", "subscription", "expires", "reason", "deliveries", "time")  # in this order; some may be missing
+
+
+class Death(NamedTuple):
+    """What a dead letter's headers say.
+
+    origin        where it was sent
+    subscription  ``CLIENT/NAME`` of the durable subscription that it was in, else ""
+    reason        ``deliveries``, ``expired``, or in words why a peer of the network did not take it
+    deliveries    deliveries of it that had ended without an acknowledgement
+    time          milliseconds since the Unix epoch when it became a dead letter; 0 = not known
+    expires       when the message was to expire, 0 = never
+    """
+
+    origin: str
+    subscription: str = ""
+    reason: str = ""
+    deliveries: int = 0
+    time: int = 0
+    expires: int = 0
+
+
+def letter(
+    core: Core, message: Message, policy: DestinationPolicy, reason: str, deliveries: int, subscription: str
+) -> Message | None:
+    """The dead letter of a message; None where the policy has none for it."""
+    if not policy.dead_letter_queue or not (message.durable or policy.dead_letter_transient):
+        return None
+    headers = [("origin", message.destination), ("subscription", subscription), ("expires", str(message.expires or ""))]
+    headers += [("reason", reason), ("deliveries", str(deliveries)), ("time", str(core.now))]
+    block = encode_headers([(PREFIX + name, value) for name, value in headers if value])
+    return message.moved_to(str(_queue_for(core, policy, message)), block)
+
+
+def _queue_for(core: Core, policy: DestinationPolicy, message: Message) -> Destination:
+    name = parse_destination(message.destination).name
+    text = policy.dead_letter_queue.replace(NAME, name)
+    if len(text.encode()) > NAME_BYTES_MAX:
+        return core.dead_letters  # a name that can't be: the queue of all others
+    return parse_destination(text)
+
+
+def deliver(core: Core, letter: Message) -> None:
+    """Put a dead letter into its queue, whatever `destinations_max` and other limits say: it must not be lost."""
+    target = core.by_destination.get(letter.destination)
+    if target is None:
+        target = core.add_named_queue(parse_destination(letter.destination))
+    target.accept(letter)
+
+
+def read(letter: Message) -> tuple[Death, bytes] | None:
+    """What a dead letter's headers say, and its own header block without them; None for a message that is none."""
+    block = letter.header_block
+    found: dict[str, str] = {}
+    for name in FIELDS:
+        if block.startswith(f"{PREFIX}{name}:".encode()):
+            line, _, block = block.partition(b"\n")
+            found[name] = decode_headers(line + b"\n")[0][1]
+    if "origin" not in found or "reason" not in found:
+        return None
+    numbers = {name: _number(found.get(name, "")) for name in ("deliveries", "time", "expires")}
+    return Death(found["origin"], found.get("subscription", ""), found["reason"], **numbers), block
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
