@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from pybroker.config import PolicyEntry
-from pybroker.destination import parse_destination
+from pybroker.destination import QUEUE, TOPIC, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.policies import VALUES, fault_of
 
@@ -37,9 +37,12 @@ def policy_entries(given: object, faults: list[str]) -> tuple[PolicyEntry, ...]:
             faults.append(f"{path}.match: expected a pattern such as '/queue/a.>', got {_shown(match)}")
             continue
         try:
-            parse_destination(match)
+            kind = parse_destination(match).kind
         except InvalidDestination as error:
             faults.append(f"{path}.match: {error}")
+            continue
+        if kind not in (QUEUE, TOPIC):
+            faults.append(f"{path}.match: expected /queue/NAME or /topic/NAME (or a pattern), got {_shown(match)}")
             continue
         if match in seen:
             faults.append(

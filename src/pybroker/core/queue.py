@@ -93,7 +93,8 @@ class Queue:
         self.name = record.name
         self.client_id = record.client_id
         self.subscription = record.subscription
-        self.policy = core.policies.of(self.destination) if self.kind != LINK else core.policies.base
+        named = self.kind not in (LINK, TEMPORARY)
+        self.policy = core.policies.of(self.destination) if named else core.policies.base
         self.is_dead_letter_queue = self.kind == QUEUE and core.policies.is_dead_letter_queue(self.destination)
         if self.policy.dead_letter_expired and self.kind != LINK:
             core.expiring.add(self.queue_id)
