@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pybroker import open_broker
@@ -43,6 +43,7 @@ def faults(*entries: Any) -> list[str]:
 # ---- which entry goes first
 
 
+@settings(deadline=None)
 @given(st.lists(patterns, max_size=8, unique=True), names)
 def test_of_the_patterns_that_match_a_name_one_goes_first_and_no_less_specific_one_before_it(found: Any, name: Any):
     matching = sorted((each for each in found if matches(each, name)), key=specificity)
@@ -54,6 +55,7 @@ def test_of_the_patterns_that_match_a_name_one_goes_first_and_no_less_specific_o
         assert order.index(first[at : at + 1]) < order.index(second[at : at + 1])
 
 
+@settings(deadline=None)
 @given(st.lists(patterns, max_size=8, unique=True), names)
 def test_a_value_comes_from_the_most_specific_entry_that_sets_it(found: Any, name: Any):
     entries = [{"match": "/queue/" + ".".join(each), "deliveries_max": n} for n, each in enumerate(found, 1)]

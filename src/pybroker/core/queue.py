@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Consumer
+from pybroker.core.counts import QueueCounts
 from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
@@ -568,30 +569,3 @@ class Queue:
 
     def __repr__(self) -> str:
         return f"<Queue {self.kind} {self.name!r} depth {self.depth}>"
-
-
-class QueueCounts:
-    """Counters of one queue since the broker started."""
-
-    __slots__ = (
-        "acknowledged",
-        "corrupt",
-        "dead_lettered",
-        "dropped",
-        "enqueued",
-        "expired",
-        "forwarded",
-        "redelivered",
-        "removed",
-    )
-
-    def __init__(self) -> None:
-        self.enqueued = 0
-        self.acknowledged = 0
-        self.redelivered = 0
-        self.dead_lettered = 0
-        self.dropped = 0  # dead letters that a policy has no queue for
-        self.expired = 0
-        self.forwarded = 0
-        self.removed = 0  # purged, or moved elsewhere
-        self.corrupt = 0
