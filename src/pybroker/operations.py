@@ -55,6 +55,7 @@ class QueueRecord:
     count, size    durable messages in the queue, and their bytes (`Message.size`)
     head           lower bound of the smallest order in the queue: where reading starts
     dispatched     per level (index 0 = priority 9) the sequence below which delivery may have begun
+    selector       of a durable subscription, which messages it collects; "" = all
     """
 
     queue_id: int
@@ -67,6 +68,7 @@ class QueueRecord:
     size: int = 0
     head: int = 0
     dispatched: tuple[int, ...] = (0,) * LEVELS
+    selector: str = ""
 
 
 @dataclass(frozen=True, slots=True)

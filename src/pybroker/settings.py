@@ -71,6 +71,7 @@ AT_MOST: dict[str, float] = {
     # What an index or a length of four bytes can hold. Larger ones are slips of the pen, and would be met too late.
     "stomp.body_bytes_max": 2**31 - 1,
     "limits.prefetch_max": 2**31 - 1,
+    "limits.selector_bytes_max": 2**16 - 1,
     "delivery.deliveries_max": 2**31 - 1,
     "stomp.heartbeat_min_ms": 86_400_000,
     "replica_set.session_timeout": 86_400,

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.core import broker as broker_module
 from pybroker.core import queue as queue_module
 from pybroker.core import retiring as retiring_module
@@ -23,7 +26,7 @@ from pybroker.message import Message
 from pybroker.store import format as fmt
 from pybroker.store.store import Store
 from tests.core.driver import Driver, observing
-from tests.core.model import DELAY_MAX_MS, Copy, Key, Member, Model, Pending, Sent
+from tests.core.model import DELAY_MAX_MS, SELECTORS, Copy, Key, Member, Model, Pending, Sent
 from tests.core.promises import check_memory, check_nobody_starves, check_store, leftovers
 
 LIMITS = Limits(
@@ -43,6 +46,7 @@ FOCUS = (("/queue/a",), ("/topic/t.x",), ("/queue/a", "/queue/DLQ"), ("/queue/a"
 PATTERNS = ("/topic/t.x", "/topic/t.*", "/topic/t.>", "/topic/>", "/topic/*.x.z")
 OWNERS = (("one", "first"), ("one", "second"), ("two", "first"))
 index = st.integers(0, 9)
+selectors = st.sampled_from(["", "", *SELECTORS])
 
 
 def pick(items: Any, number: int) -> Any:
@@ -166,13 +170,22 @@ class CoreMachine(RuleBasedStateMachine):
         expires = self.driver.now + ends if ends else 0
         return self.model.make(pick(self.focus, to), size, durable, priority, expires, block)
 
-    @rule(number=index, to=index, mode=st.sampled_from(ACK_MODES), prefetch=st.integers(1, 3), start=st.booleans())
+    @rule(
+        number=index,
+        to=index,
+        mode=st.sampled_from(ACK_MODES),
+        prefetch=st.integers(1, 3),
+        start=st.booleans(),
+        selector=selectors,
+    )
     @precondition(lambda self: len(self.model.members) < 5)
-    def subscribe(self, number: int, to: int, mode: str, prefetch: int, start: bool) -> None:
+    def subscribe(self, number: int, to: int, mode: str, prefetch: int, start: bool, selector: str) -> None:
         destination = pick(self.focus, to)
         if destination.startswith("/topic/"):
             destination = pick(PATTERNS, to)
-        self._subscribe(self.connection(number), destination, mode, prefetch, start)
+        else:
+            selector = ""
+        self._subscribe(self.connection(number), destination, mode, prefetch, start, selector=selector)
 
     @rule(
         number=index,
@@ -180,13 +193,23 @@ class CoreMachine(RuleBasedStateMachine):
         pattern=st.sampled_from(PATTERNS),
         mode=st.sampled_from(ACK_MODES),
         prefetch=st.integers(1, 3),
+        selector=selectors,
     )
     @precondition(lambda self: self.about_topics and len(self.model.members) < 5)
-    def subscribe_durably(self, number: int, owner: tuple[str, str], pattern: str, mode: str, prefetch: int) -> None:
+    def subscribe_durably(
+        self, number: int, owner: tuple[str, str], pattern: str, mode: str, prefetch: int, selector: str
+    ) -> None:
         known = self.model.patterns.get(owner)
         if known is not None:
-            pattern = "/topic/" + known
-        self._subscribe(self.connection(number), pattern, mode, prefetch, True, owner)
+            pattern, asked = "/topic/" + known[0], selector
+            selector = known[1]
+            if asked != selector:  # what it has collected fits the one that it has
+                asking = partial(
+                    self.core.subscribe, self.connection(number), pattern, mode, options=ConsumerOptions(asked)
+                )
+                with pytest.raises((SubscriptionError, LimitExceeded)):
+                    asking(client_id=owner[0], durable_name=owner[1])
+        self._subscribe(self.connection(number), pattern, mode, prefetch, True, owner, selector)
 
     def _subscribe(
         self,
@@ -196,12 +219,15 @@ class CoreMachine(RuleBasedStateMachine):
         prefetch: int,
         start: bool,
         owner: tuple[str, str] | None = None,
+        selector: str = "",
     ) -> None:
         core = self.core
         durable = {} if owner is None else {"client_id": owner[0], "durable_name": owner[1]}
         taken = owner and any(m.key == ("subscription", *owner) for m in self.model.members.values())
         try:
-            consumer = core.subscribe(connection, to, mode, prefetch=prefetch, **durable)
+            consumer = core.subscribe(
+                connection, to, mode, prefetch=prefetch, options=ConsumerOptions(selector), **durable
+            )
         except SubscriptionError:
             assert taken
             return
@@ -210,9 +236,9 @@ class CoreMachine(RuleBasedStateMachine):
             return
         assert not taken
         if owner is not None:
-            self.model.patterns.setdefault(owner, to[len("/topic/") :])
+            self.model.patterns.setdefault(owner, (to[len("/topic/") :], selector))
         key = self.model.key_of(consumer.queue)
-        member = self.model.members[consumer] = Member(key, mode, prefetch, connection)
+        member = self.model.members[consumer] = Member(key, mode, prefetch, connection, selector)
         if start:
             member.started = True
             core.start(consumer)
@@ -495,9 +521,9 @@ class CoreMachine(RuleBasedStateMachine):
         for to in QUEUES:
             self._subscribe(connection, to, INDIVIDUAL, 3, True)
         for _ in range(2):  # before and after what expires has expired
-            for owner, pattern in model.patterns.items():
+            for owner, (pattern, selector) in model.patterns.items():
                 if not any(member.key == ("subscription", *owner) for member in model.members.values()):
-                    self._subscribe(self.driver.connect(), "/topic/" + pattern, CUMULATIVE, 2, True, owner)
+                    self._subscribe(self.driver.connect(), "/topic/" + pattern, CUMULATIVE, 2, True, owner, selector)
             self._come_to_rest()
             while deliveries := self.deliveries():
                 consumer, copy = deliveries[-1]

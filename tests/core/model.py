@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,12 @@ from tests.core.driver import Driver
 Key = tuple[Any, ...]  # ("queue", name), ("subscription", client, name) or ("backlog", number)
 DLQ: Key = ("queue", "DLQ")
 DELAY_MAX_MS = 1_600
+SELECTORS: dict[str, Callable[[Sent], bool]] = {  # and which messages they are for
+    "": lambda sent: True,
+    "JMSPriority <= 4 AND JMSDeliveryMode = 'PERSISTENT'": lambda sent: sent.priority <= 4 and sent.durable,
+    "k = 'v'": lambda sent: sent.block == b"k:v\n",
+    "k IS NULL OR JMSPriority BETWEEN 5 AND 9": lambda sent: not sent.block or sent.priority >= 5,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Member:
     mode: str
     prefetch: int
     connection: Connection
+    selector: str = ""
     started: bool = False
     last: dict[int, int] = field(default_factory=dict)  # priority: the highest order delivered for the first time
 
@@ -102,7 +109,7 @@ class Snapshot:
     """What a batch brings the store to."""
 
     queues: dict[Key, dict[int, Copy]]
-    patterns: dict[tuple[str, str], str]
+    patterns: dict[tuple[str, str], tuple[str, str]]
     now: int
 
 
@@ -114,7 +121,7 @@ class Model:
         self.size_max = size_max  # bytes that a consumer may hold
         self.driver: Driver  # set by whoever makes both
         self.queues: dict[Key, dict[int, Copy]] = {}
-        self.patterns: dict[tuple[str, str], str] = {}  # durable subscriptions
+        self.patterns: dict[tuple[str, str], tuple[str, str]] = {}  # durable subscriptions, with their selectors
         self.members: dict[Consumer, Member] = {}
         self.pending: dict[tuple[Connection, str], Pending] = {}
         self.sents: dict[int, Sent] = {}
@@ -166,15 +173,19 @@ class Model:
     def visible_to(self, consumer: Consumer) -> list[Copy]:
         return [copy for copy in self.held_by(consumer) if copy.visible]
 
-    def targets(self, destination: str) -> list[Key]:
+    def targets(self, sent: Sent) -> list[Key]:
+        destination = sent.destination
         if destination.startswith("/queue/"):
             return [("queue", destination[7:])]
         name = destination[7:]
         keys: list[Key] = [
-            ("subscription", *owner) for owner, pattern in self.patterns.items() if topic_fits(pattern, name)
+            ("subscription", *owner)
+            for owner, (pattern, selector) in self.patterns.items()
+            if topic_fits(pattern, name) and SELECTORS[selector](sent)
         ]
         for consumer, member in self.members.items():
-            if member.key[0] == "backlog" and topic_fits(consumer.queue.name, name):
+            fits = member.key[0] == "backlog" and topic_fits(consumer.queue.name, name)
+            if fits and SELECTORS[member.selector](sent):
                 keys.append(member.key)
         return keys
 
@@ -199,7 +210,7 @@ class Model:
         """The call under way sends this message."""
         if sent.expires and sent.expires <= self.now:
             return
-        for key in self.targets(sent.destination):
+        for key in self.targets(sent):
             self.expected[key, sent.number] += 1
 
     def give_back(self, key: Key, copy: Copy, one_by_one: bool = False, leaves: bool = False) -> None:

@@ -146,6 +146,7 @@ def test_of_repeated_headers_the_first_one_counts() -> None:
         ("a = 1e999", 1, 5, "range of a double"),
         ("a = " + "1" * 101, 1, 5, "more than 100 digits"),
         ("a = 1 AND JMSRedelivered", 1, 11, "belongs to a delivery"),
+        ("a = '\ud800'", 1, 6, "half of a character"),
         ("NOT " * 200 + "a", 1, 401, "more than 100 parts"),
     ],
 )
@@ -160,7 +161,7 @@ def test_a_fault_is_told_with_its_place(selector: str, line: int, column: int, p
 def test_a_selector_that_is_too_long_is_refused() -> None:
     text = "a = 'é'"
     assert compile_selector(text, 8)
-    with pytest.raises(InvalidSelector, match=r"limits\.selector_bytes_max, which is 7"):
+    with pytest.raises(InvalidSelector, match=r"8 bytes, and limits\.selector_bytes_max is 7"):
         compile_selector(text, 7)
 
 

@@ -52,6 +52,7 @@ records = st.builds(
     size=u64,
     head=u64,
     dispatched=st.tuples(*[u64] * LEVELS),
+    selector=st.just("") | text,
 )
 
 

@@ -52,6 +52,11 @@ NAMED: dict[str, tuple[bytes, Callable[[bytes], bytes], Callable[[bytes, bytes],
         lambda key: fmt.encode_queue(key, QueueRecord(7, "subscription", "a.>", "client", "name")),
         fmt.decode_queue,
     ),
+    "selective": (
+        fmt.queue_key(7),
+        lambda key: fmt.encode_queue(key, QueueRecord(7, "subscription", "a.>", "client", "name", selector="a = 1")),
+        fmt.decode_queue,
+    ),
     "meta": (fmt.META_KEY, lambda key: fmt.encode_meta(b"12345678", 3), lambda key, value: fmt.decode_meta(value)),
 }
 
@@ -188,10 +193,16 @@ def test_values_of_another_kind_or_version_are_refused() -> None:
         fmt.decode_message(key, fmt.encode_message(key, message()), (LEVELS + 3) << 56)
     with pytest.raises(CorruptRecord, match="out of range"):
         fmt.decode_message(key, fmt.encode_message(key, ROUTED), (LEVELS + 3) << 56)
-    for kind in ("producer", "peer", "queue"):
+    for kind in ("producer", "peer"):
         key, encode, decode = NAMED[kind]
         with pytest.raises(CorruptRecord, match="value version 2, not 1"):
             decode(key, fmt.seal(key, b"\x02" + encode(key)[1:-4]))
+    key, encode, decode = NAMED["selective"]
+    with pytest.raises(CorruptRecord, match="value version 3, not 1"):
+        decode(key, fmt.seal(key, b"\x03" + encode(key)[1:-4]))
+    for wrong in (b"\x01" + encode(key)[1:-4], encode(key)[:-4] + b"x", encode(key)[:-5], encode(key)[:-11] + b"\0\0"):
+        with pytest.raises(CorruptRecord):
+            decode(key, fmt.seal(key, wrong))
 
 
 def test_a_route_must_fill_its_room_and_have_a_priority() -> None:

@@ -32,6 +32,7 @@ from pybroker.core.reads import PageRequest
 from pybroker.core.redelivery import Redeliveries
 from pybroker.core.schedule_headers import PREFIX
 from pybroker.core.schedules import Schedules
+from pybroker.core.selecting import choice_of
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
@@ -66,14 +67,18 @@ ROUTES_MAX = 10_000  # topic names whose subscribers are remembered
 
 
 class Topic:
-    """The subscribers that one topic name has at present; `origins`: brokers elsewhere that have some, and the way to each."""
+    """The subscribers that one topic name has at present; `origins`: brokers elsewhere that have some, and the way to each.
 
-    __slots__ = ("durable", "origins", "subscribers")
+    `choice` says which of the subscribers get a message; None: all.
+    """
+
+    __slots__ = ("choice", "durable", "origins", "subscribers")
 
     def __init__(self, subscribers: list[Queue], origins: dict[str, Peer]) -> None:
         self.subscribers = subscribers
         self.origins = origins
         self.durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
+        self.choice = choice_of(subscribers)
 
 
 class Core:
@@ -236,9 +241,9 @@ class Core:
         self.links.route(queue)
         return queue
 
-    def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "") -> Queue:
+    def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "", selector: str = "") -> Queue:
         self.check_destinations()
-        return self.add_queue(kind, name, client_id, subscription)
+        return self.add_queue(kind, name, client_id, subscription, selector)
 
     def check_destinations(self) -> None:
         """Raise LimitExceeded when no more queues may be made."""
@@ -246,8 +251,8 @@ class Core:
         if len(self.queues) >= limit:
             raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
 
-    def add_queue(self, kind: str, name: str, client_id: str, subscription: str) -> Queue:
-        queue = Queue(self, QueueRecord(self.new_id(), kind, name, client_id, subscription))
+    def add_queue(self, kind: str, name: str, client_id: str, subscription: str, selector: str = "") -> Queue:
+        queue = Queue(self, QueueRecord(self.new_id(), kind, name, client_id, subscription, selector=selector))
         self.queues[queue.queue_id] = queue
         return queue
 
@@ -347,12 +352,15 @@ class Core:
                 self.unrouted += 1
 
     def _publish_here(self, message: Message, topic: Topic) -> bool:
-        subscribers = topic.subscribers
+        subscribers, durable = topic.subscribers, topic.durable
+        if topic.choice is not None:
+            subscribers = topic.choice.of(message)
+            durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
         shared = None
-        if topic.durable > 1 and message.durable:
-            shared = self.shared.create(self.new_id(), topic.durable)
+        if durable > 1 and message.durable:
+            shared = self.shared.create(self.new_id(), durable)
             self.shared.hold(shared)
-            self.operations.append((PUT_BODY, shared.body_id, message, topic.durable))
+            self.operations.append((PUT_BODY, shared.body_id, message, durable))
         for queue in subscribers:
             if queue.kind == SUBSCRIPTION:
                 queue.accept(message, shared if message.durable else None)
@@ -362,7 +370,7 @@ class Core:
                     self._overrun(queue)
         if shared is not None:
             self.shared.let_go(shared)
-        return message.durable and topic.durable > 0
+        return message.durable and durable > 0
 
     def _overrun(self, queue: Queue) -> None:
         """A plain subscriber of a topic is too far behind: it is told so and closed, rather than silently losing some."""

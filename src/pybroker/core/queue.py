@@ -33,6 +33,7 @@ from pybroker.operations import (
     StoredEntry,
     order_of,
 )
+from pybroker.selectors import compile_selector
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
@@ -75,6 +76,7 @@ class Queue:
         "queue_id",
         "removals",
         "routes",
+        "selector",
         "size",
         "spooled",
         "spooled_size",
@@ -99,6 +101,7 @@ class Queue:
         self.is_dead_letter_queue = self.kind == QUEUE and core.policies.is_dead_letter_queue(self.destination)
         if self.policy.dead_letter_expired and self.kind != LINK:
             core.expiring.add(self.queue_id)
+        self.selector = compile_selector(record.selector) if record.selector else None  # of a subscription
         self.next_sequence = record.next_sequence
         self.count = record.count  # stored messages, ready or outstanding
         self.size = record.size  # bytes of these
@@ -149,6 +152,7 @@ class Queue:
             self.size,
             self.head,
             tuple(self.dispatched),
+            "" if self.selector is None else self.selector.text,
         )
 
     # ---- messages come

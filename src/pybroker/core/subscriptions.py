@@ -12,6 +12,7 @@ from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE, TEMPORARY_KINDS, Destination, parse_destination
 from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
 from pybroker.operations import DELETE_QUEUE
+from pybroker.selectors import compile_selector
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
@@ -32,7 +33,7 @@ def subscribe(
     """Make a consumer of a queue or topic; what is ready is dispatched by `start`.
 
     `durable_name` (with a client id) makes a durable subscription of a topic, or takes up the one that is there.
-    Raises SubscriptionError, InvalidDestination, LimitExceeded.
+    Raises SubscriptionError, InvalidSelector, InvalidDestination, LimitExceeded.
     """
     limits = core.limits
     if len(connection.consumers) >= limits.subscriptions_max:
@@ -45,19 +46,24 @@ def subscribe(
         raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
     prefetch = min(prefetch, limits.prefetch_max)
     _check_options(options)
+    selector = options.selector
+    if selector:
+        compile_selector(selector, limits.selector_bytes_max)
     target = parse_destination(destination)
     if target.kind == QUEUE:
         if durable_name is not None:
             raise SubscriptionError(f"a durable subscription is for a topic; {destination} keeps its messages anyway")
         if target.is_pattern:
             raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
+        if selector:
+            raise SubscriptionError("selectors are for topics: subscribe to a queue without one")
         queue = core.queue(target)
     elif target.kind in TEMPORARY_KINDS:
         queue = core.temporaries.queue_for(connection, target, durable_name)
     elif durable_name is not None:
-        queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name)
+        queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name, selector)
     else:
-        queue = core.new_queue(BACKLOG, target.name)
+        queue = core.new_queue(BACKLOG, target.name, selector=selector)
         core.route(queue)
     consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context, options)
     connection.consumers[consumer] = None
@@ -67,8 +73,6 @@ def subscribe(
 
 
 def _check_options(options: ConsumerOptions) -> None:
-    if options.selector:
-        raise SubscriptionError("selectors are not supported: subscribe without one")
     if options.exclusive:
         raise SubscriptionError("exclusive consumers are not supported: subscribe without")
     if options.priority:
@@ -81,12 +85,12 @@ def start(core: Core, consumer: Consumer) -> None:
     consumer.queue.dispatch()
 
 
-def _durable_subscription(core: Core, target: Destination, client_id: str, name: str) -> Queue:
+def _durable_subscription(core: Core, target: Destination, client_id: str, name: str, selector: str) -> Queue:
     if not client_id:
         raise SubscriptionError(f"durable subscription {name!r} needs a client id: give one when you connect")
     queue = core.subscriptions.get((client_id, name))
     if queue is None:
-        queue = core.new_queue(SUBSCRIPTION, target.name, client_id, name)
+        queue = core.new_queue(SUBSCRIPTION, target.name, client_id, name, selector)
         core.subscriptions[client_id, name] = queue
         core.route(queue)
         core.touch(queue)
@@ -95,6 +99,11 @@ def _durable_subscription(core: Core, target: Destination, client_id: str, name:
         raise SubscriptionError(
             f"durable subscription {name!r} of client {client_id!r} is for /topic/{queue.name}: "
             "unsubscribe it first, or use another name"
+        )
+    elif selector != (stored := "" if queue.selector is None else queue.selector.text):
+        raise SubscriptionError(
+            f"durable subscription {name!r} of client {client_id!r} has the selector {stored!r}, and has collected by it: "
+            "unsubscribe it first, which deletes what it has collected, or use another name"
         )
     elif queue.consumers:
         raise SubscriptionError(f"durable subscription {name!r} of client {client_id!r} is in use")

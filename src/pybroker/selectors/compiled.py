@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pybroker.errors import InvalidSelector
 from pybroker.message import Message, decode_headers
 from pybroker.selectors.evaluation import Truth, header_name, truth_of
-from pybroker.selectors.syntax import Comparison, Junction, Literal, Name, Node, parse
+from pybroker.selectors.syntax import Comparison, Junction, Literal, Name, Node, invalid, parse
 
 CACHED_MAX = 1_000  # compiled selectors that are remembered beside those in use
 
@@ -29,10 +29,14 @@ class Selector(NamedTuple):
 
 def compile_selector(text: str, bytes_max: int | None = None) -> Selector:
     """The selector of a text. `bytes_max`: how long it may be. Raises InvalidSelector, which says where the fault is."""
-    if bytes_max is not None and (len(text) > bytes_max or len(text.encode(errors="replace")) > bytes_max):
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise invalid(text, error.start, "this is half of a character, which UTF-8 does not have") from None
+    if bytes_max is not None and size > bytes_max:
         raise InvalidSelector(
-            f"the selector is longer than limits.selector_bytes_max, which is {bytes_max}: make it shorter",
-            position=bytes_max,
+            f"the selector has {size} bytes, and limits.selector_bytes_max is {bytes_max}: make it shorter",
+            position=len(text),
         )
     return _compile(text)
 

@@ -58,6 +58,7 @@ _KIND_NAMES = {number: name for name, number in KINDS.items()}
 
 VERSION = 1  # of each value
 ROUTED_VERSION = 2  # of a message's that has a route, and of none else
+SELECTIVE_VERSION = 2  # of the descriptor of a subscription that has a selector
 DIGEST_BYTES = 16  # of the SHA-256 of a producer's id or a peer's name, in their keys
 CHECKSUM_BYTES = 4
 RESIDUE = 0x2144DF1C  # crc32 of anything followed by its own crc32, little endian
@@ -374,7 +375,7 @@ def encode_queue(key: bytes, record: QueueRecord) -> bytes:
     payload = b"".join(
         (
             _QUEUE_HEAD.pack(
-                VERSION,
+                SELECTIVE_VERSION if record.selector else VERSION,
                 KINDS[record.kind],
                 record.next_sequence,
                 record.count,
@@ -388,13 +389,16 @@ def encode_queue(key: bytes, record: QueueRecord) -> bytes:
             name,
             client_id,
             subscription,
+            _pack_texts((record.selector,)) if record.selector else b"",
         )
     )
     return payload + _checksum(crc32(payload, crc32(key)))
 
 
 def decode_queue(key: bytes, value: bytes) -> QueueRecord:
-    check(key, value)
+    selective = value[:1] == bytes((SELECTIVE_VERSION,)) and is_whole(key, value)
+    if not selective:
+        check(key, value)
     if len(value) < _QUEUE_HEAD.size + CHECKSUM_BYTES:
         raise CorruptRecord(key, "the descriptor is too short")
     fields = _QUEUE_HEAD.unpack_from(value)
@@ -402,8 +406,11 @@ def decode_queue(key: bytes, value: bytes) -> QueueRecord:
     name_at = _QUEUE_HEAD.size
     client_at = name_at + fields[-3]
     subscription_at = client_at + fields[-2]
-    end = subscription_at + fields[-1]
-    if kind is None or end != len(value) - CHECKSUM_BYTES:
+    end = selector_end = subscription_at + fields[-1]
+    selector = ""
+    if selective:
+        (selector,), selector_end = _unpack_texts(key, value, end, len(value) - CHECKSUM_BYTES, 1)
+    if kind is None or selector_end != len(value) - CHECKSUM_BYTES or selective is not bool(selector):
         raise CorruptRecord(key, "the descriptor's kind or lengths are out of range")
     try:
         return QueueRecord(
@@ -417,6 +424,7 @@ def decode_queue(key: bytes, value: bytes) -> QueueRecord:
             size=fields[4],
             head=fields[5],
             dispatched=tuple(fields[6 : 6 + LEVELS]),
+            selector=selector,
         )
     except UnicodeDecodeError:
         raise CorruptRecord(key, "a name is not UTF-8") from None
