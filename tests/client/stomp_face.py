@@ -17,6 +17,7 @@ import trio
 
 from pybroker.broker import single
 from pybroker.client import Client, ClientTransaction, Confirmation, Headers, Publisher, make_message
+from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.destination import TEMPORARY_QUEUE
 from pybroker.errors import BrokerClosed, BrokerError, UnknownDelivery
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
@@ -142,8 +143,12 @@ class StompFace(Client):
         ack: str = "individual",
         prefetch: int | None = None,
         durable_name: str | None = None,
+        selector: str = "",
+        exclusive: bool = False,
+        priority: int = 0,
     ) -> StompSubscription:
-        return StompSubscription(self, destination, ack, prefetch, durable_name)
+        options = ConsumerOptions(selector, exclusive, priority)
+        return StompSubscription(self, destination, ack, prefetch, durable_name, options)
 
     async def remove_subscription(self, durable_name: str) -> None:
         receipt = self.receipt()
@@ -257,7 +262,13 @@ def claimed(message: ReceivedMessage) -> MessageReceived:
 
 class StompSubscription(Subscription):
     def __init__(
-        self, client: StompFace, destination: str, ack: str, prefetch: int | None, durable_name: str | None
+        self,
+        client: StompFace,
+        destination: str,
+        ack: str,
+        prefetch: int | None,
+        durable_name: str | None,
+        options: ConsumerOptions = PLAIN,
     ) -> None:
         self.destination = destination
         self.ack_mode = ack
@@ -265,6 +276,7 @@ class StompSubscription(Subscription):
         self._client = client
         self._prefetch = prefetch
         self._durable_name = durable_name
+        self._options = options
         self._buffer: deque[StompMessage] = deque()
         self._tags = itertools.count(1)
         self._id = f"s{next(client._numbers)}"
@@ -273,6 +285,12 @@ class StompSubscription(Subscription):
         headers = [("activemq.prefetchSize", str(self._prefetch))] if self._prefetch is not None else []
         if self._durable_name is not None:
             headers.append(("activemq.subscriptionName", self._durable_name))
+        if self._options.selector:
+            headers.append(("selector", self._options.selector))
+        if self._options.exclusive:
+            headers.append(("activemq.exclusive", "true"))
+        if self._options.priority:
+            headers.append(("activemq.priority", str(self._options.priority)))
         client = self._client
         client._subscriptions[self._id] = self
         receipt = client.receipt()

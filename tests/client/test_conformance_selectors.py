@@ -1,0 +1,83 @@
+"""Selectors are the same in process, over the native protocol, and over STOMP."""
+
+# ruff: noqa: SIM117 (blocks that nest are what is tested)
+from __future__ import annotations
+
+import pytest
+from trio.testing import MockClock
+
+from pybroker.client import Client
+from pybroker.errors import InvalidSelector, SubscriptionError
+from tests.client.conftest import World
+from tests.client.support import bodies, nothing_comes
+
+TOPIC = "/topic/t"
+WARD_3 = "ward = 3 AND kind LIKE 'ref%'"
+
+
+async def publish(client: Client, number: int, ward: str, kind: str = "referral", to: str = TOPIC) -> None:
+    await client.send(to, b"%d" % number, {"ward": ward, "kind": kind, "grüße:": "a:b\n"})
+
+
+async def test_a_subscriber_gets_what_it_selects(autojump_clock: MockClock, world: World) -> None:
+    async with world.client() as client, world.client() as other:
+        async with (
+            client.subscribe(TOPIC, selector=WARD_3) as selective,
+            other.subscribe("/topic/*", selector="\"grüße:\" = 'a:b\n' AND ward <> '3'") as others,
+            other.subscribe(TOPIC) as everything,
+        ):
+            await publish(client, 0, "3")
+            await publish(client, 1, "4")
+            await publish(client, 2, "3", "report")
+            await publish(client, 3, "3")
+            assert await bodies(selective, 2) == [0, 3]
+            assert await bodies(others, 1) == [1]
+            assert await bodies(everything, 4) == [0, 1, 2, 3]
+            assert await nothing_comes(selective)
+
+
+async def test_a_durable_subscription_collects_what_it_selects(autojump_clock: MockClock, world: World) -> None:
+    async with world.client("me") as client:
+        async with client.subscribe(TOPIC, durable_name="d", selector=WARD_3):
+            pass
+    async with world.client() as sender:
+        for number, ward in enumerate("3434"):
+            await publish(sender, number, ward)
+    async with world.client("me") as client, client.subscribe(TOPIC, durable_name="d", selector=WARD_3) as messages:
+        assert await bodies(messages, 2) == [0, 2]
+        assert await nothing_comes(messages)
+
+
+async def test_a_durable_subscription_keeps_its_selector(autojump_clock: MockClock, world: World) -> None:
+    async with world.client("me") as client:
+        async with client.subscribe(TOPIC, durable_name="d", selector=WARD_3):
+            pass
+        await publish(client, 1, "3")
+        with pytest.raises(SubscriptionError, match="unsubscribe it first"):
+            async with client.subscribe(TOPIC, durable_name="d"):
+                raise AssertionError
+    async with world.client("me") as client:
+        async with client.subscribe(TOPIC, durable_name="d", selector=WARD_3) as messages:
+            assert await bodies(messages, 1) == [1]
+        await client.remove_subscription("d")
+        async with client.subscribe(TOPIC, durable_name="d") as messages:
+            await publish(client, 2, "4")
+            assert await bodies(messages, 1) == [2]
+
+
+@pytest.mark.parametrize("durable_name", [None, "d"])
+async def test_a_wrong_selector_is_refused(autojump_clock: MockClock, world: World, durable_name: str | None) -> None:
+    async with world.client("me") as client:
+        with pytest.raises(InvalidSelector, match="column 8: '=' can't stand here; expected a name, 'text', a number"):
+            async with client.subscribe(TOPIC, durable_name=durable_name, selector="ward = = 3"):
+                raise AssertionError
+
+
+async def test_a_selector_that_is_too_long_is_refused(autojump_clock: MockClock, world: World) -> None:
+    await world.start(limits={"selector_bytes_max": 20})
+    async with world.client() as client:
+        async with client.subscribe(TOPIC, selector="ward = 3"):
+            pass
+        with pytest.raises(InvalidSelector, match=r"23 bytes, and limits\.selector_bytes_max is 20"):
+            async with client.subscribe(TOPIC, selector="ward = 3 AND kind = 'x'"):
+                raise AssertionError
