@@ -122,3 +122,9 @@ def test_ten_thousand_equalities_cost_the_evaluation_of_those_that_can_be_true(m
     assert evaluated == ["id = '7' AND ward > 2", "id = '9999' AND ward > 2"]
     assert (bench.bodies(consumers[7]), bench.bodies(consumers[9999])) == ([b"7"], [b"9999"])
     assert len(bench.eye.deliveries) == 2
+
+
+def test_a_queue_is_consumed_without_a_selector() -> None:
+    bench = Bench()
+    with pytest.raises(SubscriptionError, match="selectors are for topics: subscribe to /queue/q without one"):
+        subscribe(bench, "ward = 3", "/queue/q")

@@ -9,7 +9,7 @@ from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
 from pybroker.core.queue import BACKLOG, DELETED, SUBSCRIPTION, Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.temporary import TemporaryQueue
-from pybroker.destination import QUEUE, TEMPORARY_KINDS, Destination, parse_destination
+from pybroker.destination import QUEUE, TEMPORARY_KINDS, TOPIC, Destination, parse_destination
 from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
 from pybroker.operations import DELETE_QUEUE
 from pybroker.selectors import compile_selector
@@ -50,13 +50,13 @@ def subscribe(
     if selector:
         compile_selector(selector, limits.selector_bytes_max)
     target = parse_destination(destination)
+    if selector and target.kind != TOPIC:
+        raise SubscriptionError(f"selectors are for topics: subscribe to {destination} without one")
     if target.kind == QUEUE:
         if durable_name is not None:
             raise SubscriptionError(f"a durable subscription is for a topic; {destination} keeps its messages anyway")
         if target.is_pattern:
             raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
-        if selector:
-            raise SubscriptionError("selectors are for topics: subscribe to a queue without one")
         queue = core.queue(target)
     elif target.kind in TEMPORARY_KINDS:
         queue = core.temporaries.queue_for(connection, target, durable_name)
