@@ -29,6 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("alarm", "engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
         *("keeper", "mending", "replicated"),
         "stomp_temporary",
+        *("queue_pages", "stomp_browsing"),
         *("connections", "native_server", "native_sending", "native_outbox"),
         *(
             "broker_network",
@@ -40,12 +41,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
         ),
     ),
     "face": (
+        *("message_view", "browser", "queue_work"),
         *("broker", "client", "subscription", "local_client", "local_subscription"),
         *("connecting", "connect_options", "addresses", "remote_client", "remote_connection", "remote_events"),
         *("remote_lifeline", "remote_search", "remote_sending", "remote_subscription", "remote_waiting"),
         *("remote_temporary", "requests"),
         *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings", "policy_settings"),
-        *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "__main__", ""),
+        *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "cli_queue", "__main__", ""),
     ),
 }
 
@@ -70,8 +72,8 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "cronsim": ("core/cron.py",),
     "trio": ("cluster", "run time", "face"),
     "pydantic": ("settings.py",),
-    "click": ("cli.py", "cli_messages.py", "cli_replica.py", "cli_network.py", "cli_policy.py"),
-    "rich": ("cli.py", "cli_output.py", "cli_network.py", "cli_replica.py", "cli_policy.py"),
+    "click": ("cli.py", "cli_messages.py", "cli_replica.py", "cli_network.py", "cli_policy.py", "cli_queue.py"),
+    "rich": ("cli.py", "cli_output.py", "cli_network.py", "cli_replica.py", "cli_policy.py", "cli_queue.py"),
 }
 
 # Pure: no clock, randomness, socket, thread or file. So of the standard library only what has none of these.

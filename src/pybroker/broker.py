@@ -7,7 +7,7 @@ listeners. Nothing that was not on disk is shown as confirmed. No global state: 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,9 +15,11 @@ from typing import Any
 
 import trio
 
+from pybroker.browser import QueueBrowser
 from pybroker.cluster.leader import LeadershipLost
 from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
+from pybroker.core.browsing import BrowsePage, Cursor
 from pybroker.core.consumer import Connection
 from pybroker.destination import parse_destination
 from pybroker.engine import Engine
@@ -27,6 +29,8 @@ from pybroker.local_client import LocalClient
 from pybroker.network_membership import Membership, remove_peer
 from pybroker.network_status import NetworkStatus
 from pybroker.policies import DestinationPolicy, Explained, Policies
+from pybroker.queue_pages import COPY, MOVE, PURGE, read_page
+from pybroker.queue_work import Moved, Progress, browse_command, move_all, move_command
 from pybroker.replicated import make_replicated
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
@@ -131,6 +135,40 @@ class Broker:
         """Each value of a destination's policy, with its unit and where it comes from. Raises InvalidDestination."""
         return self._policies.explain(parse_destination(destination))
 
+    def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
+        """Look into a queue, as `Client.browse`."""
+
+        def read(cursor: Cursor | None, count: int) -> Awaitable[BrowsePage]:
+            return read_page(self._running(), destination, cursor, selector=selector, limit=count)
+
+        return QueueBrowser(read, limit)
+
+    async def purge(
+        self, destination: str, *, selector: str = "", limit: int = 0, progress: Progress | None = None
+    ) -> Moved:
+        """Delete what is ready in a queue: messages that the selector is true for, at most `limit` of them (0 = all).
+
+        What is with a consumer or in a transaction stays, and is counted; so does what comes meanwhile. `progress` is called after
+        each step. A crash leaves what was not done. Raises InvalidDestination, InvalidSelector.
+        """
+        return await move_all(self._running, PURGE, destination, "", selector, limit, progress)
+
+    async def move(
+        self, source: str, target: str, *, selector: str = "", limit: int = 0, progress: Progress | None = None
+    ) -> Moved:
+        """Move what is ready in a queue to another one, as `purge` deletes it.
+
+        Ids, headers, bodies, priorities and expiry stay as they are. Each message leaves and arrives in one batch: a crash neither
+        loses it nor leaves two. Raises also LimitExceeded, and BrokerFull where the target takes no more.
+        """
+        return await move_all(self._running, MOVE, source, target, selector, limit, progress)
+
+    async def copy(
+        self, source: str, target: str, *, selector: str = "", limit: int = 0, progress: Progress | None = None
+    ) -> Moved:
+        """As `move`, and the messages also stay where they are."""
+        return await move_all(self._running, COPY, source, target, selector, limit, progress)
+
     def network_status(self) -> NetworkStatus:
         """The brokers that this one is linked with, or knows, at this moment. Raises as `statistics`."""
         return self._membership.status(self._running())
@@ -218,6 +256,8 @@ class Broker:
                 "network-status": self._network_status,
                 "network-remove": self._network_remove,
                 "policy-show": self._policy_show,
+                "queue-browse": self._queue_browse,
+                "queue-move": self._queue_move,
                 **self._keeper.commands(),
             }
             await nursery.start(ControlServer(self.config.data_dir, commands).run)
@@ -230,6 +270,12 @@ class Broker:
 
     async def _network_remove(self, request: Mapping[str, Any]) -> int:
         return await self.remove_peer(str(request.get("peer", "")))
+
+    async def _queue_browse(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return await browse_command(self._running(), request)
+
+    async def _queue_move(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return await move_command(self._running(), request)
 
     async def _policy_show(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [each._asdict() for each in self.explain_policy(str(request.get("destination", "")))]

@@ -19,6 +19,7 @@ from pybroker.cli_messages import DEFAULT_URL, receive, send
 from pybroker.cli_network import network, network_flags
 from pybroker.cli_output import make_console
 from pybroker.cli_policy import policy
+from pybroker.cli_queue import browse, queue
 from pybroker.cli_replica import LEADER, check_flags, replica, replica_set_flags
 from pybroker.config import BrokerConfig
 from pybroker.control import ask
@@ -43,6 +44,8 @@ cli.add_command(network)
 cli.add_command(policy)
 cli.add_command(send)
 cli.add_command(receive)
+cli.add_command(browse)
+cli.add_command(queue)
 
 
 @cli.command()

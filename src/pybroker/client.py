@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pybroker.browser import QueueBrowser
 from pybroker.destination import TEMPORARY_QUEUE, TEMPORARY_TOPIC
 from pybroker.errors import BrokerError, InvalidMessage
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
@@ -114,6 +115,14 @@ class Client(ABC):
         selector       only messages that it is true for; "" = all
         exclusive      of the exclusive consumers of a queue one gets everything
         priority       -128 to 127: consumers with a higher one are served first, while they have credit
+        """
+
+    @abstractmethod
+    def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
+        """Look into a queue: ``async for message in client.browse(...)`` shows what is there, ready or with a consumer.
+
+        Nothing is delivered, taken or marked by it. `selector`: only messages that it is true for; `limit`: so many at most,
+        0 = no limit. Raises, when it is iterated, InvalidDestination (only queues can be looked into) and InvalidSelector.
         """
 
     @abstractmethod

@@ -73,6 +73,7 @@ class Limits:
     turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn
     browse_messages_max: int = 256  # messages of one page of a browser, and of one step of a purge, move or copy
     browse_bytes_max: int = 1024 * 1024  # bytes of these (one message always may)
+    browse_pages_max: int = 8  # pages that one connection may wait for at a time
     producers_max: int = (
         20_000  # producers whose stored sequences are remembered; the one unused for longest goes first
     )

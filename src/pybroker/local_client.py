@@ -6,12 +6,13 @@ Everything goes through the same core and the same checks as over the wire.
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
 
+from pybroker.browser import QueueBrowser
 from pybroker.client import (
     IN_FLIGHT_DEFAULT,
     Client,
@@ -24,12 +25,14 @@ from pybroker.client import (
 )
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.broker import Core
+from pybroker.core.browsing import BrowsePage, Cursor
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, LimitExceeded, NotLeader, SendInDoubt, UnknownDelivery
 from pybroker.local_subscription import LocalSubscription
 from pybroker.message import PRIORITY_DEFAULT, Message
+from pybroker.queue_pages import read_page
 from pybroker.requests import Requests
 from pybroker.subscription import ReceivedMessage
 
@@ -133,6 +136,13 @@ class LocalClient(Client):
         return LocalSubscription(
             self, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
         )
+
+    def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
+        def read(cursor: Cursor | None, count: int) -> Awaitable[BrowsePage]:
+            self._begin_turn()  # raises where this client is over
+            return read_page(self._running, destination, cursor, selector=selector, limit=count)
+
+        return QueueBrowser(read, limit)
 
     async def remove_subscription(self, durable_name: str) -> None:
         core = self._begin_turn()

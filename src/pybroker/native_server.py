@@ -17,14 +17,16 @@ import trio
 
 from pybroker.connections import RECEIVE_BYTES, linger
 from pybroker.core.broker import Core
+from pybroker.core.browsing import BrowsePage, Cursor
 from pybroker.core.consumer import CUMULATIVE, INDIVIDUAL, Consumer
 from pybroker.core.entry import Entry
 from pybroker.engine import Engine
-from pybroker.errors import BrokerError, ProtocolError, SubscriptionError
+from pybroker.errors import BrokerError, LimitExceeded, ProtocolError, SubscriptionError
 from pybroker.native_outbox import Outbox, Receiver
 from pybroker.native_sending import Sending, Sent
 from pybroker.protocols.native_frames import (
     Ack,
+    Browse,
     Bye,
     Commit,
     Create,
@@ -42,9 +44,11 @@ from pybroker.protocols.native_frames import (
     encode_ended,
     encode_failed,
     encode_members,
+    encode_page,
     unpack_options,
 )
 from pybroker.protocols.native_session import Event, LinkOpening, NativeSession, Opening, Violation
+from pybroker.queue_pages import matcher
 
 if TYPE_CHECKING:
     from pybroker.server import Server
@@ -92,6 +96,7 @@ class NativeConnection:
         self._sending = Sending(self, engine, config, self._find)
         self._consumers: dict[int, Consumer] = {}
         self._last_tag = (secrets.randbits(30) + 1) * TAGS_PER_CONNECTION
+        self._pages: dict[BrowsePage, int] = {}  # that are being read, and by which request
         self._outbox = Outbox()
         self._outbox_max = config.limits.outbox_bytes_max
         self._starting: list[Consumer] = []  # those whose requests are answered by what is in the outbox
@@ -223,6 +228,8 @@ class NativeConnection:
                     self._answer(core, event.request, self._unsubscribe, event)
                 elif isinstance(event, Remove):
                     self._answer(core, event.request, self._remove, event)
+                elif isinstance(event, Browse):
+                    self._browse(core, event)
                 elif isinstance(event, Create):
                     self._answer(core, event.request, self._create, event)
                 elif isinstance(event, Delete):
@@ -393,6 +400,24 @@ class NativeConnection:
     def _delete(self, core: Core, event: Delete) -> None:
         core.temporaries.delete(self._connection, event.destination)
 
+    def _browse(self, core: Core, event: Browse) -> None:
+        """The answer comes with the page."""
+        try:
+            limit = core.limits.browse_pages_max
+            if len(self._pages) >= limit:
+                raise LimitExceeded("limits.browse_pages_max", limit, "too many pages are asked for at a time")
+            cursor = Cursor(*event.cursor) if event.cursor is not None else None
+            matches = matcher(self._engine, event.selector)
+            page = core.browse(event.destination, self, cursor=cursor, matches=matches, limit=event.limit)
+            self._pages[page] = event.request
+        except BrokerError as error:
+            self.say(encode_failed(event.request, error.code, str(error)))
+
+    def _show(self, page: BrowsePage) -> None:
+        messages = [(each.message, each.deliveries) for each in page.messages]
+        outstanding = [at for at, each in enumerate(page.messages) if each.outstanding]
+        self._outbox.put(encode_page(self._pages.pop(page), messages, outstanding, page.cursor, page.unread))
+
     def _settle(self, core: Core, event: Ack | Nack) -> None:
         settle = core.acknowledge_ranges if event.__class__ is Ack else core.reject_ranges
         try:
@@ -483,6 +508,8 @@ class NativeConnection:
         elif kind is _Started:
             self._outbox.put(encode_done(token.request))
             self._starting.append(token.consumer)
+        elif kind is BrowsePage:
+            self._show(token)
         elif kind is _Welcome:
             if not self._ended:
                 self._welcome(token.producer_known)

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import trio
+
+from pybroker.browser import QueueBrowser
 from pybroker.client import IN_FLIGHT_DEFAULT, Client, Confirmation, Headers
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core.browsing import Browsed, BrowsePage, Cursor
 from pybroker.errors import BrokerError
 from pybroker.message import PRIORITY_DEFAULT
 from pybroker.protocols.native_sends import row_size
@@ -17,7 +21,7 @@ from pybroker.remote_events import ClientStatistics, ConnectionEvents
 from pybroker.remote_lifeline import Lifeline
 from pybroker.remote_sending import RemotePublisher, RemoteTransaction, Sender
 from pybroker.remote_subscription import RemoteSubscription, check_durable_name
-from pybroker.remote_waiting import SendWaiter, Waiter
+from pybroker.remote_waiting import PageWaiter, SendWaiter, Waiter
 from pybroker.requests import Requests
 
 
@@ -34,6 +38,7 @@ class RemoteClient(Client):
     def __init__(self, lifeline: Lifeline) -> None:
         self._lifeline = lifeline
         self._sender = Sender(lifeline)
+        self._browsing = trio.Lock()
         self._requests = Requests(self)
 
     async def send(
@@ -79,6 +84,24 @@ class RemoteClient(Client):
         return RemoteSubscription(
             self._lifeline, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
         )
+
+    def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
+        async def read(cursor: Cursor | None, count: int) -> BrowsePage:
+            while True:
+                async with self._browsing:  # one page at a time: there is a limit of a connection
+                    await self._lifeline.wait_connected()
+                    waiter = PageWaiter()
+                    self._lifeline.browse(waiter, destination, selector, count, cursor)
+                    await waiter.wait()
+                if not waiter.repeat:  # a cursor is good on another connection, too
+                    break
+            page = waiter.page
+            assert page is not None
+            out = set(page.outstanding)
+            rows = [Browsed(message, n, at in out) for at, (message, n) in enumerate(page.messages)]
+            return BrowsePage(rows, Cursor(*page.cursor) if page.cursor is not None else None, page.unread)
+
+        return QueueBrowser(read, limit)
 
     async def remove_subscription(self, durable_name: str) -> None:
         check_durable_name(durable_name)

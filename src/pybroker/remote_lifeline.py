@@ -18,6 +18,7 @@ import trio
 from pybroker.cluster.native_urls import NativeAddress
 from pybroker.connect_options import ConnectOptions
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core.browsing import Cursor
 from pybroker.errors import (
     AuthenticationFailed,
     BrokerClosed,
@@ -38,6 +39,7 @@ from pybroker.protocols.native_client import (
     Numbers,
     Opened,
     Rejected,
+    Shown,
 )
 from pybroker.protocols.native_errors import error_of
 from pybroker.protocols.native_frames import Deliver, Ended, Members
@@ -46,7 +48,7 @@ from pybroker.remote_connection import Dial, RemoteConnection, open_connection
 from pybroker.remote_events import ClientStatistics, ConnectionEvent, ConnectionEvents
 from pybroker.remote_search import Search
 from pybroker.remote_temporary import RemoteTemporaries, RemoteTemporary
-from pybroker.remote_waiting import Waiter
+from pybroker.remote_waiting import PageWaiter, Waiter
 
 if TYPE_CHECKING:
     from pybroker.remote_subscription import RemoteSubscription
@@ -310,6 +312,9 @@ class Lifeline:
                 for context in event.contexts:
                     if context is not None:
                         context.answered(event.error)
+            elif isinstance(event, Shown):
+                self._fruitful = True
+                event.context.shown(event.page)
             elif isinstance(event, Ended):
                 subscription = self._attached.pop(event.subscription, None)
                 if subscription is not None:
@@ -475,6 +480,15 @@ class Lifeline:
         connection = self._live
         if connection is not None:
             connection.session.delete(None, destination)
+            connection.wake()
+
+    def browse(self, waiter: PageWaiter, destination: str, selector: str, limit: int, cursor: Cursor | None) -> None:
+        """Ask for a page of a queue."""
+        connection = self._live
+        if connection is None:
+            waiter.lost(self._last_error)
+        else:
+            connection.session.browse(waiter, destination, selector, limit, cursor)
             connection.wake()
 
     def restore_later(self, subscription: RemoteSubscription, error: BrokerError) -> None:

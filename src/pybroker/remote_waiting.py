@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import trio
 
-from pybroker.errors import BrokerError
+from pybroker.errors import BrokerClosed, BrokerError
 from pybroker.protocols.native_client import lost
+from pybroker.protocols.native_frames import Page
 
 
 class Waiter:
@@ -31,6 +32,27 @@ class Waiter:
     def lost(self, error: BrokerError | None) -> None:
         """Client: the connection was lost, and the request with it."""
         self.answered(lost(self.what, error))
+
+
+class PageWaiter(Waiter):
+    """One caller who waits for a page of a queue. Nothing is in doubt when the connection is lost: it can be asked for again."""
+
+    __slots__ = ("page", "repeat")
+
+    def __init__(self) -> None:
+        super().__init__("looking into a queue")
+        self.page: Page | None = None
+        self.repeat = False
+
+    def shown(self, page: Page) -> None:
+        """Client: it is here."""
+        self.page = page
+        self.event.set()
+
+    def lost(self, error: BrokerError | None) -> None:
+        """Client: the connection was lost, and the request with it."""
+        self.repeat = not isinstance(error, BrokerClosed)
+        self.answered(error if not self.repeat else None)
 
 
 class SendWaiter:

@@ -15,6 +15,12 @@ class DestinationStatistics:
     outstanding  delivered and not acknowledged; `delayed` of these wait for their redelivery, with nobody
     dropped      messages that would have been dead letters, and have no queue by policy
     corrupt      stored messages that could not be read, and so are not delivered
+    forwarded    messages that went to other brokers of the network
+    removed      messages that were purged, or moved to another queue, by an operator
+    ready        messages that nobody has
+    bytes        of all messages in it that are stored or in memory: headers and bodies
+    oldest_ms    when the oldest message arrived that is next in turn or with a consumer: milliseconds since the Unix epoch;
+                 0 = there is none, or none in memory
     """
 
     kind: str
@@ -34,6 +40,11 @@ class DestinationStatistics:
     dropped: int
     expired: int
     corrupt: int
+    forwarded: int
+    removed: int
+    ready: int
+    bytes: int
+    oldest_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,4 +100,23 @@ def queue_statistics(queue: Queue) -> DestinationStatistics:
         dropped=queue.counts.dropped,
         expired=queue.counts.expired,
         corrupt=queue.counts.corrupt,
+        forwarded=queue.counts.forwarded,
+        removed=queue.counts.removed,
+        ready=queue.depth - len(queue.outstanding),
+        bytes=_bytes(queue),
+        oldest_ms=_oldest(queue),
     )
+
+
+def _bytes(queue: Queue) -> int:
+    """Stored ones by the queue's count; of the others those in memory and in the spool."""
+    if not queue.transient:
+        return queue.size
+    loose = [*queue.window, *queue.outstanding.values()]
+    size: int = sum(entry.message.size for entry in loose if not entry.stored and not entry.spooled)
+    return queue.size + queue.spooled_size + size
+
+
+def _oldest(queue: Queue) -> int:
+    first = [queue.window.first()] if queue.window else []
+    return min((entry.message.timestamp for entry in (*first, *queue.outstanding.values())), default=0)

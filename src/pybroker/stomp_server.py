@@ -14,10 +14,11 @@ import trio
 
 from pybroker.connections import RECEIVE_BYTES, linger
 from pybroker.core.broker import Core
+from pybroker.core.browsing import BrowsePage
 from pybroker.core.consumer import AUTO, CUMULATIVE, INDIVIDUAL, Consumer
 from pybroker.core.entry import Entry
 from pybroker.engine import Engine
-from pybroker.errors import BrokerError, ProtocolError, SubscriptionError, UnknownDelivery
+from pybroker.errors import BrokerError, LimitExceeded, ProtocolError, SubscriptionError, UnknownDelivery
 from pybroker.protocols.stomp_events import (
     Abort,
     Ack,
@@ -35,6 +36,8 @@ from pybroker.protocols.stomp_events import (
 from pybroker.protocols.stomp_headers import HEARTBEAT
 from pybroker.protocols.stomp_send import LocalDestination
 from pybroker.protocols.stomp_session import StompSession
+from pybroker.queue_pages import matcher
+from pybroker.stomp_browsing import StompBrowsers
 from pybroker.stomp_temporary import LocalNames
 
 if TYPE_CHECKING:
@@ -84,6 +87,7 @@ class StompConnection:
         )
         self._connection = engine.core.connect(self)
         self._local_names = LocalNames(self._connection)
+        self._browsers = StompBrowsers(self, self._session, self._put)
         self._by_key: dict[str, Consumer] = {}
         self._by_name: dict[bytes, Consumer] = {}
         self._last_name = 0
@@ -277,7 +281,7 @@ class StompConnection:
 
     def _subscribe(self, core: Core, event: Subscribe) -> None:
         key = event.id if event.id is not None else event.destination
-        if key in self._by_key:
+        if key in self._by_key or key in self._browsers:
             raise SubscriptionError(
                 f"subscription id {key!r} is in use on this connection: UNSUBSCRIBE it, or use another"
             )
@@ -285,6 +289,9 @@ class StompConnection:
         name = b"%x" % self._last_name
         by_message = event.ack != "auto" and self._session.version != "1.2"
         head = self._session.message_head(event.id)
+        if event.browser:
+            self._start_browser(core, key, head, event)
+            return
         destination = self._local_names.resolve(core, event.destination)
         consumer = core.subscribe(
             self._connection,
@@ -306,6 +313,15 @@ class StompConnection:
         self._by_name[name] = consumer
         core.start(consumer)
 
+    def _start_browser(self, core: Core, key: str, head: bytes, event: Subscribe) -> None:
+        limit = core.limits.subscriptions_max
+        if len(self._browsers) >= limit:
+            raise LimitExceeded("limits.subscriptions_max", limit, "too many queue browsers")
+        if event.durable_name is not None:
+            raise SubscriptionError("a queue browser is no durable subscription: leave its name out")
+        matches = matcher(self._engine, event.options.selector)
+        self._browsers.start(core, key, event.destination, head, matches)
+
     def _stop_giving(self, event: Unsubscribe) -> bool:
         """Give an AUTO consumer nothing more; True when some of what it was given has yet to go out."""
         consumer = self._by_key.get(_key(event) or "")
@@ -324,6 +340,9 @@ class StompConnection:
 
     def _unsubscribe(self, core: Core, event: Unsubscribe) -> None:
         key = _key(event)
+        if key is not None and key in self._browsers:
+            self._browsers.stop(key)
+            return
         consumer = self._by_key.pop(key, None) if key is not None else None
         if consumer is not None:
             del self._by_name[consumer.context.name]
@@ -380,6 +399,9 @@ class StompConnection:
         engine = self._engine
         stream = self._stream
         while True:
+            if self._browsers.waiting and self._outbox_bytes <= self._outbox_max // 2 and engine.error is None:
+                self._browsers.go_on(engine.begin_turn())
+                engine.end_turn()
             if not self._chunks:
                 if self._ending:
                     # First the leaving, then the word of it: who has it may take up a durable subscription at once.
@@ -442,7 +464,9 @@ class StompConnection:
         """Engine: everything before the token is committed."""
         if self._ending:
             return
-        if isinstance(token, _Last):
+        if token.__class__ is BrowsePage:
+            self._browsers.show(token)
+        elif isinstance(token, _Last):
             self._last = token.data
             self._ending = True
         else:

@@ -12,67 +12,19 @@ from types import TracebackType
 
 from pybroker.errors import UnknownDelivery
 from pybroker.message import Message
+from pybroker.message_view import MessageView
 
 
-class ReceivedMessage:
+class ReceivedMessage(MessageView):
     """A message that was delivered, and the means to settle it."""
 
-    __slots__ = ("_deliveries", "_message", "_subscription", "_tag")
+    __slots__ = ("_subscription", "_tag")
 
     def __init__(self, subscription: Subscription, message: Message, tag: int, deliveries: int) -> None:
-        self._subscription = subscription
-        self._message = message
-        self._tag = tag
+        self._message = message  # as `MessageView` has them: one call less for each message
         self._deliveries = deliveries
-
-    @property
-    def body(self) -> bytes:
-        return self._message.body
-
-    @property
-    def headers(self) -> list[tuple[str, str]]:
-        """The sender's headers in order, repeats included."""
-        return self._message.headers
-
-    def header(self, name: str) -> str | None:
-        """The first header of that name, or None."""
-        return self._message.header(name)
-
-    @property
-    def destination(self) -> str:
-        return self._message.destination
-
-    @property
-    def message_id(self) -> str:
-        """The same on every redelivery."""
-        return self._message.message_id.decode()
-
-    @property
-    def priority(self) -> int:
-        return self._message.priority
-
-    @property
-    def durable(self) -> bool:
-        return self._message.durable
-
-    @property
-    def expires(self) -> int:
-        """Milliseconds since the Unix epoch, 0 = never."""
-        return self._message.expires
-
-    @property
-    def timestamp(self) -> int:
-        """When the broker accepted it, milliseconds since the Unix epoch."""
-        return self._message.timestamp
-
-    @property
-    def deliveries(self) -> int:
-        """Deliveries of it before this one that ended without an acknowledgement."""
-        return self._deliveries
-
-    @property
-    def redelivered(self) -> bool:
-        return self._deliveries > 0
+        self._subscription = subscription
+        self._tag = tag
 
     async def ack(self) -> None:
         """Acknowledge; returns when that is committed. Raises UnknownDelivery when it was settled before."""

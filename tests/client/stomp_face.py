@@ -16,8 +16,10 @@ from typing import Any
 import trio
 
 from pybroker.broker import single
+from pybroker.browser import QueueBrowser
 from pybroker.client import Client, ClientTransaction, Confirmation, Headers, Publisher, make_message
 from pybroker.consumer_options import PLAIN, ConsumerOptions
+from pybroker.core.browsing import Browsed, BrowsePage, Cursor
 from pybroker.destination import TEMPORARY_QUEUE
 from pybroker.errors import BrokerClosed, BrokerError, UnknownDelivery
 from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
@@ -150,6 +152,21 @@ class StompFace(Client):
         options = ConsumerOptions(selector, exclusive, priority)
         return StompSubscription(self, destination, ack, prefetch, durable_name, options)
 
+    def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
+        async def read(cursor: Cursor | None, count: int) -> BrowsePage:
+            subscription = StompSubscription(self, destination, "auto", None, None)
+            subscription.browser = [("browser", "true"), *([("selector", selector)] if selector else [])]
+            page = BrowsePage()
+            async with subscription:
+                while True:
+                    message = await subscription.receive()
+                    assert isinstance(message, StompMessage)
+                    if message.frame.header("browser") == "end":
+                        return page
+                    page.messages.append(Browsed(message._message, message.deliveries, False))
+
+        return QueueBrowser(read, limit)
+
     async def remove_subscription(self, durable_name: str) -> None:
         receipt = self.receipt()
         self.session.unsubscribe(
@@ -277,6 +294,7 @@ class StompSubscription(Subscription):
         self._prefetch = prefetch
         self._durable_name = durable_name
         self._options = options
+        self.browser: list[tuple[str, str]] = []  # the headers of a queue browser
         self._buffer: deque[StompMessage] = deque()
         self._tags = itertools.count(1)
         self._id = f"s{next(client._numbers)}"
@@ -291,6 +309,7 @@ class StompSubscription(Subscription):
             headers.append(("activemq.exclusive", "true"))
         if self._options.priority:
             headers.append(("activemq.priority", str(self._options.priority)))
+        headers += self.browser
         client = self._client
         client._subscriptions[self._id] = self
         receipt = client.receipt()

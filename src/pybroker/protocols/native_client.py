@@ -28,11 +28,13 @@ from pybroker.protocols.native_frames import (
     Failed,
     Frame,
     Members,
+    Page,
     Ranges,
     Refused,
     Welcome,
     encode_ack,
     encode_beat,
+    encode_browse,
     encode_bye,
     encode_create,
     encode_credit,
@@ -58,7 +60,7 @@ OPENING, OPEN, CLOSING, CLOSED = "opening", "open", "closing", "closed"
 _ANSWERS = frozenset(
     (
         *(wire.ERROR, wire.BYE, wire.BEAT, wire.CONFIRM, wire.REFUSED, wire.DONE),
-        *(wire.FAILED, wire.DELIVER, wire.ENDED, wire.MEMBERS),
+        *(wire.FAILED, wire.DELIVER, wire.ENDED, wire.MEMBERS, wire.PAGE),
     )
 )
 _MAY_COME: Mapping[str, frozenset[int]] = {
@@ -108,13 +110,20 @@ class Answered(NamedTuple):
     error: BrokerError | None
 
 
+class Shown(NamedTuple):
+    """A page of a queue, for who asked for it."""
+
+    context: Any
+    page: Page
+
+
 class Closed(NamedTuple):
     """The connection is over: the last event. None when it was closed in good order, by this side."""
 
     error: BrokerError | None
 
 
-Event = Opened | Confirmed | Rejected | Answered | Deliver | Ended | Members | Closed
+Event = Opened | Confirmed | Rejected | Answered | Shown | Deliver | Ended | Members | Closed
 
 
 class _Settlement:
@@ -195,6 +204,9 @@ class NativeClientSession:
                     events.append(Confirmed(submission, count, stored))
         elif isinstance(frame, Done):
             events.append(Answered(self._answered(frame.request), None))
+        elif isinstance(frame, Page):
+            for context in self._answered(frame.request):
+                events.append(Shown(context, frame))
         elif isinstance(frame, Failed):
             events.append(Answered(self._answered(frame.request), error_of(frame.code, frame.text)))
         elif isinstance(frame, Refused):
@@ -271,6 +283,13 @@ class NativeClientSession:
     def delete(self, context: Any, destination: str) -> None:
         self._check_open()
         self._output.append(encode_delete(self._request(context), destination))
+
+    def browse(
+        self, context: Any, destination: str, selector: str, limit: int, cursor: tuple[int, int, int] | None
+    ) -> None:
+        """Ask for a page of a queue."""
+        self._check_open()
+        self._output.append(encode_browse(self._request(context), destination, selector, limit, cursor))
 
     def credit(self, number: int, prefetch: int) -> None:
         self._check_open()

@@ -22,6 +22,7 @@ from pybroker.protocols.native_frames import (
     TEXT_MAX,
     Ack,
     Beat,
+    Browse,
     Bye,
     Commit,
     Confirm,
@@ -37,6 +38,7 @@ from pybroker.protocols.native_frames import (
     Hello,
     Members,
     Nack,
+    Page,
     Ranges,
     Refused,
     Remove,
@@ -46,6 +48,7 @@ from pybroker.protocols.native_frames import (
     Welcome,
 )
 
+SELECTOR_MAX = 65_536  # characters of a selector; the broker's own limit is less
 RANGES_MAX = 100_000  # ranges in one array
 LARGE_BYTES = 1024 * 1024  # from this size on it is counted what a frame is made of
 ITEMS_MAX = (
@@ -299,6 +302,33 @@ def _delete(fields: tuple[Any, ...], _: HeaderBlocks) -> Delete:
     return Delete(number(request, "request", 1), text(destination, "destination"))
 
 
+def _browse(fields: tuple[Any, ...], _: HeaderBlocks) -> Browse:
+    request, destination, selector, limit, cursor = _fields(fields, 5)
+    return Browse(
+        number(request, "request", 1),
+        text(destination, "destination"),
+        text(selector, "selector", SELECTOR_MAX),
+        number(limit, "limit"),
+        _cursor(cursor),
+    )
+
+
+def _cursor(value: Any) -> tuple[int, int, int] | None:
+    cursor = array(value, "a cursor")
+    if not cursor:
+        return None
+    queue, position, stop = _fields(cursor, 3)
+    return number(queue, "a cursor"), number(position, "a cursor"), number(stop, "a cursor")
+
+
+def _page(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Page:
+    request, messages, outstanding, cursor, unread = _fields(fields, 5)
+    found = _deliveries(messages, blocks)
+    for each in array(outstanding, "outstanding"):
+        number(each, "outstanding", 0, max(len(found) - 1, 0))
+    return Page(number(request, "request", 1), found, outstanding, _cursor(cursor), number(unread, "unread"))
+
+
 def _confirm(fields: tuple[Any, ...], _: HeaderBlocks) -> Confirm:
     (results,) = _fields(fields, 1)
     found = []
@@ -366,6 +396,8 @@ _DECODERS: dict[int, Callable[[tuple[Any, ...], HeaderBlocks], Frame]] = {
     wire.DELIVER: _deliver,
     wire.ENDED: _ended,
     wire.MEMBERS: _members,
+    wire.BROWSE: _browse,
+    wire.PAGE: _page,
 }
 
 

@@ -44,6 +44,8 @@ FAILED = 23
 DELIVER = 24
 ENDED = 25
 MEMBERS = 26
+BROWSE = 27
+PAGE = 28
 
 # ---- flags of a message: its priority, and this bit. On the wire: do not change.
 
@@ -162,6 +164,16 @@ class Delete(NamedTuple):
     destination: str
 
 
+class Browse(NamedTuple):
+    """A page of a queue is asked for. `cursor`: as the page before said it, None = from the start; `limit` 0 = none."""
+
+    request: int
+    destination: str
+    selector: str
+    limit: int
+    cursor: tuple[int, int, int] | None
+
+
 class Confirm(NamedTuple):
     """(first sequence, last sequence, stored): as safe as asked; `stored`: a store has them."""
 
@@ -202,6 +214,19 @@ class Ended(NamedTuple):
     text: str
 
 
+class Page(NamedTuple):
+    """The answer to BROWSE: messages with how often each was delivered, and which of them (by position) are outstanding.
+
+    `cursor`: where the next page starts, None = this was the last one; `unread`: messages that could not be read.
+    """
+
+    request: int
+    messages: list[tuple[Message, int]]
+    outstanding: tuple[int, ...]
+    cursor: tuple[int, int, int] | None
+    unread: int
+
+
 class Members(NamedTuple):
     """The brokers of the network: name to URLs for clients."""
 
@@ -210,7 +235,7 @@ class Members(NamedTuple):
 
 Frame = (
     Hello | Welcome | Error | Bye | Beat | Send | Commit | Subscribe | Unsubscribe | Ack | Nack | Credit | Remove | Create | Delete
-    | Confirm | Refused | Done | Failed | Deliver | Ended | Members
+    | Confirm | Refused | Done | Failed | Deliver | Ended | Members | Browse | Page
 )  # fmt: skip
 
 _USUAL = asdict(PLAIN)
@@ -336,8 +361,28 @@ def encode_failed(request: int, code: str, text: str) -> bytes:
     return pack_frame((FAILED, request, code, text[:TEXT_MAX]))
 
 
+def encode_browse(
+    request: int, destination: str, selector: str, limit: int, cursor: tuple[int, int, int] | None
+) -> bytes:
+    return pack_frame((BROWSE, request, destination, selector, limit, cursor or ()))
+
+
+def encode_page(
+    request: int,
+    messages: Iterable[tuple[Message, int]],
+    outstanding: Sequence[int],
+    cursor: tuple[int, int, int] | None,
+    unread: int,
+) -> bytes:
+    return pack_frame((PAGE, request, _delivered(messages), outstanding, cursor or (), unread))
+
+
 def encode_deliver(subscription: int, first_tag: int, messages: Iterable[tuple[Message, int]]) -> bytes:
-    packed = [
+    return pack_frame((DELIVER, subscription, first_tag, _delivered(messages)))
+
+
+def _delivered(messages: Iterable[tuple[Message, int]]) -> list[tuple[Any, ...]]:
+    return [
         (
             each.destination,
             each.body,
@@ -350,7 +395,6 @@ def encode_deliver(subscription: int, first_tag: int, messages: Iterable[tuple[M
         )
         for each, deliveries in messages
     ]
-    return pack_frame((DELIVER, subscription, first_tag, packed))
 
 
 def encode_ended(subscription: int, code: str, text: str) -> bytes:

@@ -42,7 +42,17 @@ _MAY_COME: Mapping[str, frozenset[int]] = {
     NEW: frozenset((wire.HELLO, LINK_HELLO)),
     OPEN: frozenset(
         (
-            *(wire.SEND, wire.COMMIT, wire.SUBSCRIBE, wire.UNSUBSCRIBE, wire.ACK, wire.NACK, wire.CREDIT, wire.REMOVE),
+            *(
+                wire.SEND,
+                wire.COMMIT,
+                wire.SUBSCRIBE,
+                wire.UNSUBSCRIBE,
+                wire.ACK,
+                wire.NACK,
+                wire.CREDIT,
+                wire.REMOVE,
+                wire.BROWSE,
+            ),
             *(wire.CREATE, wire.DELETE),
             *(wire.BEAT, wire.BYE, wire.ERROR),
         )

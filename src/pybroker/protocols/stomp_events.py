@@ -85,10 +85,13 @@ class Subscribe(Event):
     """SUBSCRIBE. ``id`` is None only in 1.0; ``prefetch`` is None when not said, or asked for without limit.
 
     With ``durable_name`` it is a durable subscription, and ``client_id`` says whose; by RabbitMQ's convention there
-    need not be a client id.
+    need not be a client id. ``browser``: what is in the queue is only to be shown.
     """
 
-    __slots__ = ("ack", "client_id", "destination", "durable_name", "headers", "id", "options", "prefetch", "receipt")
+    __slots__ = (
+        *("ack", "browser", "client_id", "destination", "durable_name", "headers"),
+        *("id", "options", "prefetch", "receipt"),
+    )
 
     def __init__(
         self,
@@ -101,10 +104,12 @@ class Subscribe(Event):
         receipt: bytes | None,
         headers: Headers,
         options: ConsumerOptions = PLAIN,
+        browser: bool = False,
     ) -> None:
         self.id = id
         self.destination = destination
         self.ack = ack
+        self.browser = browser
         self.options = options
         self.prefetch = prefetch
         self.durable_name = durable_name

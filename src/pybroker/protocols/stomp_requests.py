@@ -8,6 +8,7 @@ It must never keep state. Follows "Client Frames" of STOMP 1.0, 1.1 and 1.2 (htt
   subscription's ``id`` as its name, for topics only.
 * ``activemq.prefetchSize`` from 1; ``prefetch-count`` from 1, or 0 for no limit.
 * ``selector``, ``activemq.exclusive`` and ``activemq.priority``: see `ConsumerOptions`.
+* ``browser:true``, as ActiveMQ has it: the messages of a queue are shown, and stay.
 * ``producer-id`` and ``producer-sequence`` in COMMIT: see `stomp_numbered`.
 """
 
@@ -117,6 +118,7 @@ def _subscribe(headers: Headers, version: str, client_id: str | None, receipt: b
         receipt,
         headers,
         _options(headers),
+        first(headers, "browser") == "true",
     )
 
 

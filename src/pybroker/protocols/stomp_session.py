@@ -263,6 +263,11 @@ class StompSession:
             body,
         )
 
+    def browser_end_frame(self, head: bytes, destination: str) -> bytes:
+        """The MESSAGE that ends a queue browser, as ActiveMQ has it; it is returned, not added to the output."""
+        named = encode_pair("destination", destination, self.version).encode()
+        return head + b"browser:end\n" + named + b"message-id:0\ncontent-length:0\n\n\0"
+
     # Within.
 
     def _encoded_destination(self, destination: str) -> bytes:
