@@ -71,6 +71,8 @@ results = st.lists(
     st.tuples(requests, requests, st.booleans()).filter(lambda each: each[0] <= each[1]), min_size=1, max_size=4
 )
 
+cursors = st.none() | st.tuples(numbers, numbers, numbers)
+
 # Each: the encoder, its arguments, and the value that is to come out.
 FRAMES: dict[str, tuple[Callable[..., bytes], st.SearchStrategy[tuple[Any, ...]], type[Any]]] = {
     "HELLO": (wire.encode_hello, st.tuples(options, st.lists(numbers, max_size=3)), wire.Hello),
@@ -110,6 +112,12 @@ FRAMES: dict[str, tuple[Callable[..., bytes], st.SearchStrategy[tuple[Any, ...]]
         wire.encode_members,
         st.tuples(st.dictionaries(texts, st.lists(texts, max_size=3), max_size=3)),
         wire.Members,
+    ),
+    "BROWSE": (wire.encode_browse, st.tuples(requests, texts, texts, numbers, cursors), wire.Browse),
+    "PAGE": (
+        wire.encode_page,
+        st.tuples(requests, batches(True), st.just((0,)), cursors, numbers),
+        wire.Page,
     ),
 }
 
