@@ -46,6 +46,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("connecting", "connect_options", "addresses", "remote_client", "remote_connection", "remote_events"),
         *("remote_lifeline", "remote_search", "remote_sending", "remote_subscription", "remote_waiting"),
         *("remote_temporary", "requests"),
+        *("routing_settings",),
         *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings", "policy_settings"),
         *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "cli_queue", "__main__", ""),
     ),

@@ -66,6 +66,7 @@ class Limits:
     selector_bytes_max: int = 4_096  # one selector
     destinations_max: int = 100_000  # queues and durable subscriptions together
     schedules_max: int = 10_000_000  # messages that are to be sent later
+    composite_destinations_max: int = 64  # destinations that one send or subscription may name, divided by commas
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     temporary_destinations_max: int = 1_000  # temporary queues and topics of one connection
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
@@ -99,6 +100,39 @@ class PolicyEntry:
 
     match: str
     values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingConfig:
+    """Where messages go beside their own destination. Names and defaults are ActiveMQ's.
+
+    virtual_topics     pattern of the topics (without ``/topic/``) whose messages are also collected by queues; "" = none
+    virtual_consumers  what stands in front of the topic's name in the name of such a queue; ``*`` is the name of the consumer
+    mirrored_queues    patterns (``/queue/a.>``) of queues; what is sent to one is also published on a topic
+    mirror_prefix, mirror_suffix  the name of that topic, without ``/topic/``: the queue's name between these two
+    """
+
+    virtual_topics: str = "VirtualTopic.>"
+    virtual_consumers: str = "Consumer.*."
+    mirrored_queues: tuple[str, ...] = ()
+    mirror_prefix: str = "VirtualTopic.Mirror."
+    mirror_suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompositeEntry:
+    """A destination whose messages are forwarded to others, in one batch.
+
+    name          ``/queue/NAME``, ``/topic/NAME``, or a pattern
+    forward_to    destinations, each one name
+    forward_only  whether what is forwarded is not kept in the destination itself
+    filter        selector of the messages that are forwarded; the others stay in the destination; "" = all are forwarded
+    """
+
+    name: str
+    forward_to: tuple[str, ...]
+    forward_only: bool = True
+    filter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +237,8 @@ class BrokerConfig:
                 the listeners); None = a broker on its own
     network     membership in a network of brokers; None = a broker that others can't find
     policy      what holds for destinations that match a pattern (see `pybroker.policies`); in TOML tables ``[[policy]]``
+    routing     virtual topics and mirrored queues
+    composite   destinations whose messages are forwarded to others; in TOML tables ``[[composite]]``
     """
 
     name: str = "pybroker"
@@ -221,6 +257,8 @@ class BrokerConfig:
     replica_set: ReplicaSetConfig | None = None
     network: NetworkConfig | None = None
     policy: tuple[PolicyEntry, ...] = ()
+    routing: RoutingConfig = RoutingConfig()
+    composite: tuple[CompositeEntry, ...] = ()
 
     @property
     def network_name(self) -> str:

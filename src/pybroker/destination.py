@@ -80,6 +80,34 @@ def local_kind(text: str) -> str | None:
     return None
 
 
+def parse_composite(text: str) -> tuple[Destination, ...]:
+    """Parse names divided by commas, as ActiveMQ takes them, each once; a name alone is a composite of one.
+
+    The first is ``/queue/NAME`` or ``/topic/NAME``; the others may be ``queue://NAME`` or ``topic://NAME``, too, or NAME
+    alone for one of the first one's kind.
+
+    >>> [str(each) for each in parse_composite("/queue/A,B,topic://C")]
+    ['/queue/A', '/queue/B', '/topic/C']
+    """
+    first, *others = (part.strip() for part in text.split(","))
+    found = {parse_destination(first): None}
+    for part in others:
+        for kind in (QUEUE, TOPIC):
+            if part.startswith(f"{kind}://"):
+                part = f"/{kind}/" + part.removeprefix(f"{kind}://")
+        if not part.startswith("/"):
+            part = f"/{next(iter(found)).kind}/{part}"
+        found[parse_destination(part)] = None
+    return tuple(found)
+
+
+def check_sendable(text: str) -> None:
+    """Raise `InvalidDestination` for what no message can be sent to."""
+    for target in parse_composite(text):
+        if target.is_pattern:
+            raise InvalidDestination(f"{target} is a pattern: a message is sent to one name")
+
+
 def _checked(destination: Destination, text: str) -> Destination:
     name = destination.name
     if not name:

@@ -106,6 +106,8 @@ class Engine:
             policies=config.policy,
             scheduling=store.scheduling,
             zone=ZoneInfo(config.delivery.cron_timezone),
+            routing=config.routing,
+            composites=config.composite,
         )
         self.journal = Journal(
             store, committer or LocalCommitter(store, config.sync), self.core.seal, self._release, spool.write

@@ -8,10 +8,9 @@ from typing import Any
 import trio
 
 from pybroker.client import ClientTransaction, Headers, Publisher, check_expires, check_in_flight, checked_body
-from pybroker.destination import parse_destination
+from pybroker.destination import check_sendable
 from pybroker.errors import (
     BrokerError,
-    InvalidDestination,
     InvalidMessage,
     LimitExceeded,
     SendInDoubt,
@@ -62,8 +61,7 @@ class Sender:
         return destination, body, encode_headers(headers) if headers else b"", flags_of(durable, priority), expires or 0
 
     def _check_destination(self, text: str) -> None:
-        if parse_destination(text).is_pattern:
-            raise InvalidDestination(f"{text} is a pattern: a message is sent to one name")
+        check_sendable(text)
         if len(self._destinations) >= DESTINATIONS_MAX:
             self._destinations.clear()
         self._destinations.add(text)

@@ -28,6 +28,7 @@ from pybroker.config import (
     NativeLimits,
     NetworkConfig,
     ReplicaSetConfig,
+    RoutingConfig,
     StompLimits,
 )
 from pybroker.destination import QUEUE, parse_destination
@@ -36,6 +37,7 @@ from pybroker.listeners import check_exposure, parse_listener
 from pybroker.network_settings import network_faults
 from pybroker.policy_settings import policy_entries
 from pybroker.replica_settings import TLS_FIELDS, replica_set_faults
+from pybroker.routing_settings import composite_entries, routing_faults
 from pybroker.users import parse_hash
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ NESTED: dict[str, type[Any]] = {
     "delivery": DeliveryPolicy,
     "replica_set": ReplicaSetConfig,
     "network": NetworkConfig,
+    "routing": RoutingConfig,
 }
 OPTIONAL = {"replica_set", "network"}  # nested ones that may be None
 SECRET = {"replica_set.secret", "replica_set.zookeeper_auth", "network.secret"}  # never shown
@@ -121,10 +124,10 @@ def load_config(path: Path | str, **overrides: object) -> BrokerConfig:
 def make_config(config: BrokerConfig | None = None, **overrides: object) -> BrokerConfig:
     """Check ``config`` (None: the defaults) with ``overrides`` put over it, and return the result.
 
-    An override is a field of `BrokerConfig`. ``stomp``, ``native``, ``limits``, ``delivery``, ``replica_set`` and ``network`` are
-    given whole as a dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` and ``network=None``
-    are a broker on its own. ``policy`` is a list of mappings with ``match`` and values. Text does for a path, any list or tuple
-    for a tuple.
+    An override is a field of `BrokerConfig`. ``stomp``, ``native``, ``limits``, ``delivery``, ``routing``, ``replica_set`` and
+    ``network`` are given whole as a dataclass, or as a mapping of those of their fields that change; ``replica_set=None`` and
+    ``network=None`` are a broker on its own. ``policy`` is a list of mappings with ``match`` and values, ``composite`` one of
+    mappings with the fields of `CompositeEntry`. Text does for a path, any list or tuple for a tuple.
 
     >>> make_config(limits={"prefetch_default": 10}).limits.prefetch_default
     10
@@ -200,7 +203,7 @@ def _model(parent: str | None = None) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(kind)):
         path = prefix + name
-        if path == "policy":  # checked by `policy_entries`
+        if path in ("policy", "composite"):  # checked by `policy_entries` and `composite_entries`
             continue
         kept: Any = _model(path) if path in NESTED else _annotation(path, hints[name])
         fields[name] = (kept | None if path in OPTIONAL else kept, ...)
@@ -266,6 +269,7 @@ def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
     from pydantic import ValidationError
 
     policy = policy_entries(values.pop("policy", ()), faults)
+    composite = composite_entries(values.pop("composite", ()), faults)
     if isinstance(values.get("users"), Mapping):
         values["users"] = dict(values["users"])
     try:
@@ -283,7 +287,7 @@ def _typed(values: dict[str, Any], faults: list[str]) -> BrokerConfig | None:
             continue
         built[name] = kind(**{field: getattr(nested, field) for field in type(nested).model_fields})
     built["users"] = MappingProxyType(built["users"])
-    return BrokerConfig(**built, policy=policy)
+    return BrokerConfig(**built, policy=policy, composite=composite)
 
 
 def _told(fault: str, location: tuple[int | str, ...], value: object) -> str:
@@ -350,6 +354,7 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
     yield from _native_faults(config)
     yield from replica_set_faults(config)
     yield from network_faults(config)
+    yield from routing_faults(config)
 
 
 def _native_faults(config: BrokerConfig) -> Iterator[str]:

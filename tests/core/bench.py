@@ -22,10 +22,25 @@ POLICY = DeliveryPolicy(deliveries_max=3, dead_letter_queue="/queue/DLQ")
 class Bench:
     """`seen(consumer)` is what a client has seen: bodies with the number of deliveries before."""
 
-    def __init__(self, deliveries_max: int = 3, policy: tuple[dict[str, Any], ...] = (), **limits: Any) -> None:
+    def __init__(
+        self,
+        deliveries_max: int = 3,
+        policy: tuple[dict[str, Any], ...] = (),
+        routing: dict[str, Any] | None = None,
+        composite: tuple[dict[str, Any], ...] = (),
+        **limits: Any,
+    ) -> None:
         self.eye = Ignore()
         delivery = replace(POLICY, deliveries_max=deliveries_max)
-        self.driver = Driver(Limits(**limits), delivery, self.eye, policies=make_config(policy=policy).policy)
+        config = make_config(policy=policy, routing=routing or {}, composite=composite)
+        self.driver = Driver(
+            Limits(**limits),
+            delivery,
+            self.eye,
+            policies=config.policy,
+            routing=config.routing,
+            composites=config.composite,
+        )
 
     @property
     def core(self) -> Core:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
 
-from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
+from pybroker.config import CompositeEntry, DeliveryPolicy, Limits, PolicyEntry, RoutingConfig
 from pybroker.core.broker import Core
 from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Connection, Consumer
@@ -130,10 +130,14 @@ class Driver:
         observer: Observer,
         now: int = 1_000_000,
         policies: tuple[PolicyEntry, ...] = (),
+        routing: RoutingConfig | None = None,
+        composites: tuple[CompositeEntry, ...] = (),
     ) -> None:
         self.limits = limits
         self.delivery = delivery
         self.policies = policies
+        self.routing = routing
+        self.composites = composites
         self.observer = observer
         self.backend = MemoryBackend()
         self.now = now
@@ -167,6 +171,8 @@ class Driver:
             scheduling=self.store.scheduling,
             now=self.now,
             policies=self.policies,
+            routing=self.routing,
+            composites=self.composites,
         )
 
     def _make_spool(self) -> Store:

@@ -558,3 +558,25 @@ def test_a_peer_that_repeats_itself_is_heard_once() -> None:
     peer = world.brokers["a"].core.links.peers["b"]
     assert (peer.received, peer.repeats) == (1, 2)
     assert depths(world) == {"a": 1}
+
+
+# ---- copies of one send
+
+
+def test_the_broker_that_takes_a_send_makes_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of a virtual topic's consumers that spans brokers gets a message once; a plain subscriber elsewhere, too."""
+    world = network("abc")
+    monkeypatch.setattr(world, "_check_content", lambda sent, message: None)  # a copy has a destination of its own
+    queue, topic = "/queue/Consumer.one.VirtualTopic.t", "/topic/VirtualTopic.t"
+    world.join(world.brokers["c"], queue, prefetch=100)
+    world.heal()
+    assert queue in world.brokers["a"].core.by_destination, "it collects for those of whom it has heard"
+    world.leave(world.join(world.brokers["a"], queue, prefetch=100))
+    world.join(world.brokers["b"], topic, prefetch=100)
+    world.heal()
+    sends = send(world, "a", 3, topic)
+    world.heal()
+    assert seen(sends) == {"b": 3, "c": 3}
+    shown = [entry.message.destination for member in world.members for entry in member.consumer.unacked.values()]
+    assert Counter(shown) == {topic: 3, queue: 3}
+    assert depths(world, queue) == {"c": 3}

@@ -20,19 +20,30 @@ from collections.abc import Iterable
 from datetime import UTC, tzinfo
 from typing import Any
 
-from pybroker.config import DeliveryPolicy, Limits, NetworkConfig, PolicyEntry
-from pybroker.core import browsing, mending, producers, retiring, schedules, settling, subscriptions, transactions
+from pybroker.config import CompositeEntry, DeliveryPolicy, Limits, NetworkConfig, PolicyEntry, RoutingConfig
+from pybroker.core import (
+    browsing,
+    mending,
+    producers,
+    publishing,
+    retiring,
+    schedules,
+    settling,
+    subscriptions,
+    transactions,
+)
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
-from pybroker.core.links import Links, Peer
+from pybroker.core.links import Links
 from pybroker.core.producers import Producer, Producers
+from pybroker.core.publishing import Topic
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.redelivery import Redeliveries
+from pybroker.core.routing import Routing
 from pybroker.core.schedule_headers import PREFIX
 from pybroker.core.schedules import Schedules
-from pybroker.core.selecting import choice_of
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
@@ -43,13 +54,11 @@ from pybroker.errors import (
     InvalidDestination,
     InvalidMessage,
     LimitExceeded,
-    SlowConsumer,
     UnknownDelivery,
 )
 from pybroker.message import PRIORITY_MAX, Message
 from pybroker.operations import (
     DELETE_MESSAGE,
-    PUT_BODY,
     PUT_MESSAGE,
     PUT_PRODUCER,
     PUT_QUEUE,
@@ -64,21 +73,6 @@ from pybroker.operations import (
 from pybroker.policies import Policies
 
 ROUTES_MAX = 10_000  # topic names whose subscribers are remembered
-
-
-class Topic:
-    """The subscribers that one topic name has at present; `origins`: brokers elsewhere that have some, and the way to each.
-
-    `choice` says which of the subscribers get a message; None: all.
-    """
-
-    __slots__ = ("choice", "durable", "origins", "subscribers")
-
-    def __init__(self, subscribers: list[Queue], origins: dict[str, Peer]) -> None:
-        self.subscribers = subscribers
-        self.origins = origins
-        self.durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
-        self.choice = choice_of(subscribers)
 
 
 class Core:
@@ -101,6 +95,8 @@ class Core:
         policies: Iterable[PolicyEntry] = (),
         scheduling: SchedulingRecord = SchedulingRecord(),  # noqa: B008  (frozen)
         zone: tzinfo = UTC,
+        routing: RoutingConfig | None = None,
+        composites: Iterable[CompositeEntry] = (),
     ) -> None:
         self.limits = limits
         self.delivery = delivery
@@ -143,6 +139,7 @@ class Core:
         self.dead_letters = parse_destination(delivery.dead_letter_queue)
         if self.dead_letters.kind != QUEUE or self.dead_letters.is_pattern:
             raise InvalidDestination(f"dead_letter_queue {delivery.dead_letter_queue!r} must be one /queue/NAME")
+        self.routing = Routing(self, routing or RoutingConfig(), composites)
         self.links = Links(self, network_name, network, life)
         for record in records:
             self._restore(record)
@@ -155,6 +152,7 @@ class Core:
         self.stored_bytes += queue.size
         if queue.kind == QUEUE:
             self.by_destination[f"/queue/{queue.name}"] = queue
+            self.routing.added(queue, Destination(QUEUE, queue.name))
         elif queue.kind == SUBSCRIPTION:
             self.subscriptions[queue.client_id, queue.subscription] = queue
             self._tree.add(tuple(queue.name.split(".")), queue)
@@ -239,6 +237,9 @@ class Core:
         """The queue of that name, which is not there, whatever `destinations_max` says."""
         queue = self.by_destination[str(target)] = self.add_queue(QUEUE, target.name, "", "")
         self.links.route(queue)
+        self.routing.added(queue, target)
+        if self.routing.topic_of(target) is not None:  # it collects from now on: also after a crash, while it is empty
+            self.touch(queue)
         return queue
 
     def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "", selector: str = "") -> Queue:
@@ -273,17 +274,31 @@ class Core:
         self._tree.remove(tuple(queue.name.split(".")), queue)
         self._topics.clear()
 
-    def _target(self, text: str) -> Queue | Topic | Temporaries:
+    def _target(self, text: str) -> Queue | Topic | Temporaries | None:
+        """Where a message goes; None for one that goes by `Routing.send`."""
+        self.routing.parse(text)
+        if "," in text:
+            return None
         target = parse_destination(text)
-        if target.is_pattern:
-            raise InvalidDestination(f"{text} is a pattern: a message is sent to one name")
         if target.kind == QUEUE:
-            return self.queue(target)
+            return None if self.routing.concerns(target) else self.queue(target)
         if target.kind in TEMPORARY_KINDS:
             return self.temporaries
-        if len(self._topics) >= ROUTES_MAX:
-            self._topics.clear()
-        topic = self._topics[text] = Topic(self._tree.match(target.parts), self.links.origins_of(target))
+        return self.topic(target)
+
+    def topic(self, target: Destination) -> Topic:
+        text = str(target)
+        topic = self._topics.get(text)
+        if topic is None:
+            if len(self._topics) >= ROUTES_MAX:
+                self._topics.clear()
+            routing = self.routing
+            topic = self._topics[text] = Topic(
+                self._tree.match(target.parts),
+                self.links.origins_of(target),
+                routing.collecting(target),
+                routing.concerns(target),
+            )
         return topic
 
     # ---- sending
@@ -298,8 +313,8 @@ class Core:
 
     def check_destination(self, text: str) -> None:
         """Raise what sending to it would raise, `LimitExceeded` apart."""
-        if text not in self.by_destination and parse_destination(text).is_pattern:
-            raise InvalidDestination(f"{text} is a pattern: a message is sent to one name")
+        if text not in self.by_destination:
+            self.routing.parse(text)
 
     def send(self, message: Message) -> bool:
         """Take a new message; True when the store will keep it. Raises InvalidDestination, InvalidMessage, LimitExceeded."""
@@ -312,6 +327,8 @@ class Core:
         if not message.message_id:  # a producer may have given it one
             message.message_id = self.new_message_id()
         message.timestamp = self.now
+        if target is None or target.spread:
+            return self.routing.send(message)
         expires = message.expires
         if expires and expires <= self.now:
             return self.expire_on_arrival(message)
@@ -319,7 +336,7 @@ class Core:
             target.accept(message)
             return message.durable
         if target.__class__ is Topic:
-            return self._publish(message, target)
+            return self.publish_to(message, target)
         self.temporaries.send(message)
         return False
 
@@ -327,57 +344,13 @@ class Core:
         self._last_message += 1
         return b"%b%x" % (self._id_prefix, self._last_message)
 
+    # ---- topics: see publishing.py
+
+    publish = publishing.publish
+    publish_for = publishing.publish_for
+    publish_to = publishing.publish_to
+
     send_once = producers.send_once
-
-    def _publish(self, message: Message, topic: Topic) -> bool:
-        if topic.origins:
-            self.links.publish(message, topic.origins, topic.origins)
-        if not topic.subscribers:
-            self.unrouted += not topic.origins
-            return message.durable and bool(topic.origins)
-        return self._publish_here(message, topic) or (message.durable and bool(topic.origins))
-
-    def publish_for(self, message: Message, targets: tuple[str, ...]) -> None:
-        """A topic's message that came from another broker: to those of its targets that are here, or behind this one."""
-        target = self._topics.get(message.destination) or self._target(message.destination)
-        assert isinstance(target, Topic)
-        further = [name for name in targets if name != self.links.name]
-        if further:
-            self.links.publish(message, target.origins, further)
-        if len(further) < len(targets):
-            message.route = None  # it has arrived
-            if target.subscribers:
-                self._publish_here(message, target)
-            else:
-                self.unrouted += 1
-
-    def _publish_here(self, message: Message, topic: Topic) -> bool:
-        subscribers, durable = topic.subscribers, topic.durable
-        if topic.choice is not None:
-            subscribers = topic.choice.of(message)
-            durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
-        shared = None
-        if durable > 1 and message.durable:
-            shared = self.shared.create(self.new_id(), durable)
-            self.shared.hold(shared)
-            self.operations.append((PUT_BODY, shared.body_id, message, durable))
-        for queue in subscribers:
-            if queue.kind == SUBSCRIPTION:
-                queue.accept(message, shared if message.durable else None)
-            else:
-                queue.accept(message)
-                if queue.transient > self.limits.backlog_messages_max:
-                    self._overrun(queue)
-        if shared is not None:
-            self.shared.let_go(shared)
-        return message.durable and durable > 0
-
-    def _overrun(self, queue: Queue) -> None:
-        """A plain subscriber of a topic is too far behind: it is told so and closed, rather than silently losing some."""
-        limit = self.limits.backlog_messages_max
-        for consumer in queue.consumers:
-            text = f"subscription to /topic/{queue.name} is {limit} messages behind (limit limits.backlog_messages_max)"
-            self.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))
 
     @property
     def crowded(self) -> bool:
@@ -401,10 +374,8 @@ class Core:
                 return _full("limits.memory_bytes_max", limits.memory_bytes_max)
         if limits.store_bytes_max and self.stored_bytes + self.spooled_bytes > limits.store_bytes_max:
             return _full("limits.store_bytes_max", limits.store_bytes_max)
-        if limits.queue_messages_max:
-            queue = self.by_destination.get(message.destination)
-            if queue is not None and queue.depth >= limits.queue_messages_max:
-                return _full("limits.queue_messages_max", limits.queue_messages_max)
+        if limits.queue_messages_max and self.routing.depth(message) >= limits.queue_messages_max:
+            return _full("limits.queue_messages_max", limits.queue_messages_max)
         return None
 
     def shrink(self) -> None:

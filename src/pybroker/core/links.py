@@ -279,6 +279,8 @@ class Links:
                 if not wanted:
                     del self._wanted[key.destination]
                 queues[key.destination] = None
+                if there:
+                    self.core.routing.wanted(target)
                 continue
             if there and key not in self._routed:
                 self._routed.add(key)

@@ -80,6 +80,7 @@ class Queue:
         "size",
         "spooled",
         "spooled_size",
+        "spread",
         "stalled",
         "stranded",
         "subscription",
@@ -127,6 +128,7 @@ class Queue:
         self.delayed: dict[int, Entry] = {}  # those of `outstanding` that wait for their redelivery
         self.delayed_size = 0
         self.stalled: dict[Consumer, None] | None = None  # so much waits; who could be given something meanwhile
+        self.spread = False  # what is sent to it may go elsewhere, too
         self.counts = QueueCounts()
 
     @property
@@ -162,7 +164,7 @@ class Queue:
         core = self.core
         self.counts.enqueued += 1
         straight_on = self.routes is not None and not self.available and self.tail is None and not self.window
-        if straight_on and core.links.pass_on(self, message):
+        if straight_on and shared is None and core.links.pass_on(self, message):
             return
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
@@ -559,6 +561,8 @@ class Queue:
         core = self.core
         message = row.message
         shared = core.shared.loaded_from_store(row.body_id, row.references) if row.body_id else None
+        if shared is not None and self.kind == QUEUE:  # a virtual topic's, which stands in the body
+            message = message.moved_to(f"/queue/{self.name}", expires=message.expires)
         entry = Entry(message, row.order, self, stored, shared)
         entry.spooled = not stored
         if row.deliveries is None:

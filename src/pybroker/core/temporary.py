@@ -81,6 +81,8 @@ class Temporaries:
     unclaimed  messages to them that nobody took: sent when it was gone, or there when it went
     """
 
+    spread = False  # what is sent to them goes nowhere else
+
     def __init__(self, core: Core) -> None:
         self.core = core
         self.unclaimed = 0

@@ -151,8 +151,8 @@ def transact(core: Core, messages: list[Message], acknowledged: Sequence[Entry],
 
 
 def _check_destinations(core: Core, messages: list[Message]) -> None:
-    new = {message.destination for message in messages} - core.by_destination.keys()
-    if len(core.queues) + len(new) > core.limits.destinations_max and any(text.startswith("/queue/") for text in new):
+    new = core.routing.new_queues(messages)
+    if new and len(core.queues) + len(new) > core.limits.destinations_max:
         limit = core.limits.destinations_max
         raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was refused")
     core.schedules.check_all(messages)

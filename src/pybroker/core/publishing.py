@@ -1,0 +1,100 @@
+"""Topics: who gets what is sent to one. A part of `Core`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pybroker.core.queue import SUBSCRIPTION, Queue
+from pybroker.core.selecting import choice_of
+from pybroker.destination import Destination, parse_destination
+from pybroker.errors import SlowConsumer
+from pybroker.message import Message
+from pybroker.operations import PUT_BODY
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+    from pybroker.core.links import Peer
+
+
+class Topic:
+    """The subscribers that one topic name has at present.
+
+    origins  brokers elsewhere that have some, and the way to each
+    queues   those that collect what is sent here to a virtual topic
+    spread   what is sent to it may go elsewhere, too
+    choice   says which of the subscribers get a message; None: all
+    """
+
+    __slots__ = ("choice", "durable", "origins", "queues", "spread", "subscribers")
+
+    def __init__(
+        self, subscribers: list[Queue], origins: dict[str, Peer], queues: tuple[Queue, ...], spread: bool
+    ) -> None:
+        self.subscribers = subscribers
+        self.origins = origins
+        self.durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
+        self.choice = choice_of(subscribers)
+        self.queues = queues
+        self.spread = spread
+
+
+def publish(core: Core, message: Message, target: Destination) -> bool:
+    """Give a copy of a new message to a topic; True when the store will keep it."""
+    return publish_to(core, message, core.topic(target))
+
+
+def publish_to(core: Core, message: Message, topic: Topic) -> bool:
+    """Give a message to a topic: here, and to brokers elsewhere. True when the store will keep it."""
+    if topic.origins:
+        core.links.publish(message, topic.origins, topic.origins)
+    if not topic.subscribers and not topic.queues:
+        core.unrouted += not topic.origins
+        return message.durable and bool(topic.origins)
+    return _publish_here(core, message, topic, topic.queues) or (message.durable and bool(topic.origins))
+
+
+def publish_for(core: Core, message: Message, targets: tuple[str, ...]) -> None:
+    """A topic's message that came from another broker: to those of its targets that are here, or behind this one."""
+    target = core.topic(parse_destination(message.destination))
+    further = [name for name in targets if name != core.links.name]
+    if further:
+        core.links.publish(message, target.origins, further)
+    if len(further) < len(targets):
+        message.route = None  # it has arrived
+        if target.subscribers:
+            _publish_here(core, message, target)
+        else:
+            core.unrouted += 1
+
+
+def _publish_here(core: Core, message: Message, topic: Topic, queues: tuple[Queue, ...] = ()) -> bool:
+    subscribers, durable = topic.subscribers, topic.durable
+    if topic.choice is not None:
+        subscribers = topic.choice.of(message)
+        durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
+    shared = None
+    references = durable + len(queues)
+    if references > 1 and message.durable:
+        shared = core.shared.create(core.new_id(), references)
+        core.shared.hold(shared)
+        core.operations.append((PUT_BODY, shared.body_id, message, references))
+    for queue in subscribers:
+        if queue.kind == SUBSCRIPTION:
+            queue.accept(message, shared if message.durable else None)
+        else:
+            queue.accept(message)
+            if queue.transient > core.limits.backlog_messages_max:
+                _overrun(core, queue)
+    for queue in queues:
+        queue.accept(message.moved_to(f"/queue/{queue.name}", expires=message.expires), shared)
+    if shared is not None:
+        core.shared.let_go(shared)
+    return message.durable and references > 0
+
+
+def _overrun(core: Core, queue: Queue) -> None:
+    """A plain subscriber of a topic is too far behind: it is told so and closed, rather than silently losing some."""
+    limit = core.limits.backlog_messages_max
+    for consumer in queue.consumers:
+        text = f"subscription to /topic/{queue.name} is {limit} messages behind (limit limits.backlog_messages_max)"
+        core.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))

@@ -1,0 +1,189 @@
+"""Where a sent message goes beside its own destination: composites, virtual topics, mirrored queues. A part of `Core`. Pure.
+
+All copies of one send are emitted in one turn, and so in one batch. They have one id, one body, and each its own destination; a
+destination gets one copy, whatever ways lead to it, so forwarding in a circle ends. Copies that arrive from other brokers are not
+routed again: the broker that took the send has made all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from pybroker.config import CompositeEntry, RoutingConfig
+from pybroker.core.queue import Queue
+from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination
+from pybroker.errors import BrokerError, InvalidDestination, LimitExceeded
+from pybroker.message import Message
+from pybroker.selectors import compile_selector
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+
+class Rule(NamedTuple):
+    """One entry of the configuration. `admits`: whether a message is forwarded; None = each is."""
+
+    pattern: Destination
+    forward_to: tuple[str, ...]
+    forward_only: bool
+    admits: Callable[[Message], bool] | None
+
+
+class Routing:
+    """The rules of one core, and the queues that collect what is sent to virtual topics."""
+
+    def __init__(self, core: Core, config: RoutingConfig, composites: Iterable[CompositeEntry]) -> None:
+        self._core = core
+        self._rules = [_rule(entry) for entry in composites]
+        self._mirrored = [parse_destination(pattern) for pattern in config.mirrored_queues]
+        self._mirror = f"/topic/{config.mirror_prefix}", config.mirror_suffix
+        self._virtual = tuple(config.virtual_topics.split(".")) if config.virtual_topics else ()
+        self._consumers = tuple(config.virtual_consumers.rstrip(".").split("."))
+        self._collecting: dict[str, list[Queue]] = {}  # of each virtual topic
+
+    # ---- which rules there are for a name
+
+    def _rules_of(self, target: Destination) -> list[Rule]:
+        return [
+            rule
+            for rule in self._rules
+            if rule.pattern.kind == target.kind and matches(rule.pattern.parts, target.parts)
+        ]
+
+    def _mirror_of(self, target: Destination) -> str | None:
+        if target.kind == QUEUE and any(matches(pattern.parts, target.parts) for pattern in self._mirrored):
+            prefix, suffix = self._mirror
+            return f"{prefix}{target.name}{suffix}"
+        return None
+
+    def concerns(self, target: Destination) -> bool:
+        """Whether what is sent to a name may go elsewhere, too."""
+        return bool(self._rules_of(target) or self._mirror_of(target))
+
+    def parse(self, text: str) -> list[str]:
+        """The names that a send names. Raises InvalidDestination, LimitExceeded."""
+        if "," not in text:
+            targets: tuple[Destination, ...] = (parse_destination(text),)
+        else:
+            targets = parse_composite(text)
+            limit = self._core.limits.composite_destinations_max
+            if len(targets) > limit:
+                raise LimitExceeded("limits.composite_destinations_max", limit, "too many destinations in a composite")
+        for target in targets:
+            if target.is_pattern:
+                raise InvalidDestination(f"{target} is a pattern: a message is sent to one name")
+        return [str(target) for target in targets]
+
+    def destinations(self, message: Message) -> list[str]:
+        """The names that get a copy. Raises as `parse`."""
+        queue = self._core.by_destination.get(message.destination)
+        if queue is not None and not queue.spread:
+            return [message.destination]
+        return self._spread(message, self.parse(message.destination))
+
+    def _spread(self, message: Message, names: Sequence[str]) -> list[str]:
+        pending = list(names)
+        seen: set[str] = set()
+        found = []
+        for text in pending:  # grows meanwhile
+            if text in seen:
+                continue
+            seen.add(text)
+            target = parse_destination(text)
+            rules = self._rules_of(target)
+            admitting = [rule for rule in rules if rule.admits is None or rule.admits(message)]
+            for rule in admitting:
+                pending += rule.forward_to
+            if not (admitting and any(rule.forward_only for rule in rules)):  # nothing is lost that no filter admits
+                found.append(text)
+            mirror = self._mirror_of(target)
+            if mirror is not None:
+                pending.append(mirror)
+        return found
+
+    def new_queues(self, messages: Iterable[Message]) -> set[str]:
+        """The queues that these sends would make."""
+        return {
+            text
+            for message in messages
+            for text in self.destinations(message)
+            if text.startswith("/queue/") and text not in self._core.by_destination
+        }
+
+    def depth(self, message: Message) -> int:
+        """Messages in the deepest of the queues that would get a copy."""
+        try:
+            texts = self.destinations(message)
+        except BrokerError:  # it is refused when it is sent
+            return 0
+        queues = [self._core.by_destination.get(text) for text in texts]
+        return max((queue.depth for queue in queues if queue is not None), default=0)
+
+    # ---- sending
+
+    def send(self, message: Message) -> bool:
+        """Give each destination its copy, or none any. Raises LimitExceeded. True when the store will keep one of them."""
+        core = self._core
+        texts = self.destinations(message)
+        limit = core.limits.destinations_max
+        new = sum(text.startswith("/queue/") and text not in core.by_destination for text in texts)
+        if new and len(core.queues) + new > limit:
+            raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
+        stored = False
+        for text in texts:
+            copy = message if text == message.destination else message.moved_to(text, expires=message.expires)
+            target = parse_destination(text)
+            if copy.expires and copy.expires <= core.now:
+                stored = core.expire_on_arrival(copy) or stored
+            elif target.kind == QUEUE:
+                core.queue(target).accept(copy)
+                stored = stored or copy.durable
+            elif target.kind == TOPIC:
+                stored = core.publish(copy, target) or stored
+            else:
+                core.temporaries.send(copy)
+        return stored
+
+    # ---- virtual topics
+
+    def topic_of(self, target: Destination) -> str | None:
+        """The virtual topic that a queue of that name collects from, None for other queues."""
+        parts = target.parts
+        count = len(self._consumers)
+        if (
+            self._virtual
+            and target.kind == QUEUE
+            and len(parts) > count
+            and matches(self._consumers, parts[:count])
+            and matches(self._virtual, parts[count:])
+        ):
+            return ".".join(parts[count:])
+        return None
+
+    def collecting(self, target: Destination) -> tuple[Queue, ...]:
+        """The queues that get a copy of what is sent to a topic."""
+        return tuple(self._collecting.get(target.name, ())) if target.kind == TOPIC else ()
+
+    def added(self, queue: Queue, target: Destination) -> None:
+        """There is a new queue, here or from the store."""
+        queue.spread = self.concerns(target)
+        topic = self.topic_of(target)
+        if topic is not None:
+            self._collecting.setdefault(topic, []).append(queue)
+            self._core.forget_topics()
+
+    def wanted(self, target: Destination) -> None:
+        """Another broker has consumers of a queue; one that collects from a virtual topic collects here, too, from now on."""
+        core = self._core
+        if (
+            str(target) not in core.by_destination
+            and self.topic_of(target) is not None
+            and len(core.queues) < core.limits.destinations_max
+        ):
+            core.queue(target)
+
+
+def _rule(entry: CompositeEntry) -> Rule:
+    admits = compile_selector(entry.filter).matches if entry.filter else None
+    return Rule(parse_destination(entry.name), entry.forward_to, entry.forward_only, admits)

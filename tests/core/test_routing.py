@@ -1,0 +1,289 @@
+"""Where a message goes beside its own destination: all copies or none, through crashes, one for each destination."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pybroker.destination import check_sendable, parse_composite
+from pybroker.errors import InvalidDestination, LimitExceeded
+from pybroker.message import Message
+from pybroker.operations import PUT_BODY
+from tests.core.bench import Bench
+from tests.core.promises import leftovers
+
+A, B, C = "/queue/a", "/queue/b", "/queue/c"
+X = "VirtualTopic.x"
+
+
+def depths(bench: Bench) -> dict[str, int]:
+    return {name: queue.depth for name, queue in bench.core.by_destination.items() if queue.depth}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("/queue/a", ["/queue/a"]),
+        ("/queue/a,/queue/b", ["/queue/a", "/queue/b"]),
+        ("/queue/a,b", ["/queue/a", "/queue/b"]),
+        ("/topic/a,b", ["/topic/a", "/topic/b"]),
+        ("/queue/a,/topic/b,c", ["/queue/a", "/topic/b", "/queue/c"]),
+        ("/queue/a,topic://b,queue://c", ["/queue/a", "/topic/b", "/queue/c"]),
+        (" /queue/a , b ", ["/queue/a", "/queue/b"]),
+        ("/queue/a,a,/queue/a", ["/queue/a"]),
+    ],
+)
+def test_the_forms_of_a_composite(text: str, found: list[str]):
+    assert [str(each) for each in parse_composite(text)] == found
+
+
+@pytest.mark.parametrize(
+    "text", ["/queue/a,", ",/queue/a", "/queue/a,,b", "a,/queue/b", "/queue/a,/other/b", "/queue/a,b.*"]
+)
+def test_what_can_not_be_sent_to(text: str):
+    with pytest.raises(InvalidDestination):
+        check_sendable(text)
+    bench = Bench()
+    for send in (bench.core.send, bench.core.check):
+        with pytest.raises(InvalidDestination):
+            send(Message(text, b""))
+    assert not bench.core.operations
+    assert not bench.core.by_destination
+
+
+@given(st.text(alphabet="/queatopic:.,*> b\n", max_size=40))
+def test_any_text_is_parsed_or_refused(text: str):
+    try:
+        targets = parse_composite(text)
+    except InvalidDestination:
+        return
+    assert len(set(targets)) == len(targets) >= 1
+    assert parse_composite(",".join(map(str, targets))) == targets
+
+
+def test_a_composite_is_stored_whole_or_not_at_all():
+    bench = Bench()
+    bench.subscribe("/topic/t", durable_name="s", client_id="c")
+    bench.settle()
+    bench.core.send(Message(f"{A},b,/topic/t", b"1", message_id=b"mine"))
+    bench.end()
+    bench.crash()  # before the batch was written
+    assert depths(bench) == {}
+    bench.send(f"{A},b,/topic/t", b"1", message_id=b"mine")
+    bench.settle()
+    bench.crash()
+    assert depths(bench) == {A: 1, B: 1}
+    consumers = [bench.subscribe(A), bench.subscribe(B), bench.subscribe("/topic/t", durable_name="s", client_id="c")]
+    bench.settle()
+    for consumer, destination in zip(consumers, (A, B, "/topic/t"), strict=True):
+        (entry,) = bench.entries(consumer)
+        message = entry.message
+        assert (message.destination, message.body, message.message_id) == (destination, b"1", b"mine")
+        bench.ack(consumer, b"1")
+    bench.settle()
+    assert leftovers(bench.driver.store) == []
+    assert bench.core.memory_bytes == 0
+
+
+def test_a_composite_makes_all_its_queues_or_none():
+    bench = Bench(destinations_max=2)
+    for send in (lambda m: bench.core.send(m), lambda m: bench.core.transact([m], (), ())):
+        with pytest.raises(LimitExceeded, match="destinations_max"):
+            send(Message(f"{A},b,c", b""))
+    assert not bench.core.by_destination
+    bench.send(f"{A},b", b"1")
+    assert depths(bench) == {A: 1, B: 1}
+
+
+def test_a_composite_has_a_limit():
+    bench = Bench(composite_destinations_max=2)
+    bench.send(f"{A},b", b"1")
+    with pytest.raises(LimitExceeded, match="composite_destinations_max"):
+        bench.core.send(Message(f"{A},b,c", b""))
+
+
+def test_a_composite_in_a_transaction_and_as_a_repeat():
+    bench = Bench()
+    connection = bench.connect()
+    bench.core.begin(connection, "t")
+    bench.core.send_later(connection, Message(f"{A},b", b"1"), "t", ("p", 1, False))
+    bench.end()
+    assert depths(bench) == {}
+    bench.core.commit(connection, "t")
+    bench.end()
+    bench.settle()
+    bench.crash()
+    assert not bench.core.send_once(Message(f"{A},b", b"1"), ("p", 1, True))
+    assert depths(bench) == {A: 1, B: 1}
+
+
+def test_a_full_queue_of_a_composite_makes_it_wait():
+    bench = Bench(queue_messages_max=1)
+    bench.send(B, b"1")
+    assert bench.core.full(Message(f"{A},b", b"")) is not None
+    assert bench.core.full(Message(f"{A},c", b"")) is None
+    assert bench.core.full(Message("/queue/a,..", b"")) is None  # the send says what is wrong
+
+
+# ---- from the configuration
+
+
+def test_forwarding_by_configuration():
+    bench = Bench(composite=({"name": A, "forward_to": [B, C]}, {"name": "/topic/t.*", "forward_to": [A]}))
+    bench.send(A, b"1")
+    assert depths(bench) == {B: 1, C: 1}
+    bench.subscribe(A)  # nothing changes with the queue's existence
+    bench.send(A, b"2")
+    bench.send("/topic/t.1", b"3")  # a chain
+    assert depths(bench) == {B: 3, C: 3}
+    bench.settle()
+    bench.crash()
+    bench.send(A, b"4")
+    assert depths(bench) == {B: 4, C: 4}
+
+
+def test_forwarding_that_keeps_a_copy_and_a_circle():
+    rules = (
+        {"name": A, "forward_to": [B], "forward_only": False},
+        {"name": B, "forward_to": [A], "forward_only": False},
+    )
+    bench = Bench(composite=rules)
+    bench.send(A, b"1")
+    bench.send(f"{A},b", b"2")
+    assert depths(bench) == {A: 2, B: 2}
+
+
+def test_filters_forward_what_they_admit_and_lose_nothing():
+    bench = Bench(
+        composite=(
+            {"name": A, "forward_to": [B], "filter": "ward = 3"},
+            {"name": A, "forward_to": [C], "filter": "ward > 2"},
+        )
+    )
+    for ward in (1, 3, 4):
+        bench.send(A, b"%d" % ward, header_block=b"ward:%d\n" % ward)
+    bench.settle()
+    consumers = {name: bench.subscribe(name) for name in (A, B, C)}
+    bench.settle()
+    found = {name: bench.bodies(consumer) for name, consumer in consumers.items()}
+    assert found == {A: [b"1"], B: [b"3"], C: [b"3", b"4"]}
+
+
+# ---- virtual topics and mirrored queues
+
+
+def test_a_virtual_topic_is_collected_by_each_consumer_queue_also_after_a_crash_with_nobody_there():
+    bench = Bench()
+    one, two = f"/queue/Consumer.one.{X}", f"/queue/Consumer.two.{X}"
+    for name in (one, two):
+        bench.leave(bench.subscribe(name))
+    bench.settle()
+    bench.crash()
+    bench.core.send(Message(f"/topic/{X}", b"1"))
+    assert sum(operation[0] == PUT_BODY for operation in bench.core.operations) == 1
+    bench.end()
+    bench.settle()
+    bench.crash()
+    assert depths(bench) == {one: 1, two: 1}
+    consumers = [bench.subscribe(one), bench.subscribe(two)]
+    bench.settle()
+    for consumer, name in zip(consumers, (one, two), strict=True):
+        (entry,) = bench.entries(consumer)
+        assert (entry.message.destination, entry.message.body) == (name, b"1")
+        bench.ack(consumer, b"1")
+        bench.settle()
+    assert leftovers(bench.driver.store) == []
+
+
+def test_a_virtual_topic_beside_subscribers_and_after_dead_letters():
+    bench = Bench(deliveries_max=1)
+    name = f"/queue/Consumer.one.{X}"
+    durable = bench.subscribe(f"/topic/{X}", durable_name="s", client_id="c")
+    plain = bench.subscribe("/topic/VirtualTopic.>")
+    queue = bench.subscribe(name)
+    bench.send(f"/topic/{X}", b"1")
+    bench.send(f"/topic/{X}", b"2", durable=False)
+    bench.settle()
+    for consumer in (durable, plain, queue):
+        assert bench.bodies(consumer) == [b"1", b"2"]
+    bench.nack(queue, b"1")
+    bench.settle()
+    assert depths(bench) == {name: 1, "/queue/DLQ": 1}
+    bench.ack(durable, b"1")
+    bench.settle()
+    bench.crash()
+    assert depths(bench) == {"/queue/DLQ": 1}
+
+
+def test_virtual_topics_by_another_name_or_not_at_all():
+    bench = Bench(routing={"virtual_topics": "v.*", "virtual_consumers": "q.of.*."})
+    bench.subscribe("/queue/q.of.one.v.x")
+    bench.subscribe(f"/queue/Consumer.one.{X}")
+    bench.send("/topic/v.x", b"1")
+    bench.send(f"/topic/{X}", b"1")
+    assert depths(bench) == {"/queue/q.of.one.v.x": 1}
+    bench = Bench(routing={"virtual_topics": ""})
+    bench.subscribe(f"/queue/Consumer.one.{X}")
+    bench.send(f"/topic/{X}", b"1")
+    assert depths(bench) == {}
+    assert bench.core.unrouted == 1
+
+
+def test_a_mirrored_queue_is_published_on_its_topic():
+    bench = Bench(routing={"mirrored_queues": ["/queue/a.>"]})
+    watcher = bench.subscribe("/topic/VirtualTopic.Mirror.a.1")
+    bench.subscribe("/queue/Consumer.audit.VirtualTopic.Mirror.a.1")
+    for name in ("/queue/a.1", "/queue/a.2", "/queue/b"):
+        bench.send(name, b"1")
+    bench.send("/queue/a.1", b"2")
+    bench.settle()
+    assert bench.bodies(watcher) == [b"1", b"2"]
+    assert depths(bench) == {
+        "/queue/a.1": 2,
+        "/queue/a.2": 1,
+        "/queue/b": 1,
+        "/queue/Consumer.audit.VirtualTopic.Mirror.a.1": 2,
+    }
+
+
+NAMES = ("/queue/a", "/queue/b", "/queue/c", "/topic/VirtualTopic.t")
+RULE = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from((*NAMES, "/queue/*")),
+        "forward_to": st.lists(st.sampled_from(NAMES), min_size=1, max_size=3),
+        "forward_only": st.booleans(),
+    }
+)
+
+
+@given(st.lists(RULE, max_size=4).map(tuple), st.lists(st.sampled_from(NAMES), min_size=1, max_size=3), st.booleans())
+def test_every_copy_and_none_twice(rules: tuple[dict[str, object], ...], names: list[str], mirrored: bool):
+    """Against a walk over the rules by sets."""
+    queue = "/queue/Consumer.one.VirtualTopic.t"
+    routing = {
+        "mirrored_queues": ["/queue/c"] if mirrored else [],
+        "mirror_prefix": "VirtualTopic.t",
+        "mirror_suffix": "x",
+    }
+    bench = Bench(composite=rules, routing=routing)
+    bench.subscribe(queue)
+    bench.send(",".join(names), b"1")
+    bench.settle()
+    bench.crash()
+
+    def applies(rule: dict[str, object], name: str) -> bool:
+        return rule["name"] == name or (rule["name"] == "/queue/*" and name.startswith("/queue/"))
+
+    reached = set(names)
+    while (
+        more := {to for rule in rules for name in reached if applies(rule, name) for to in rule["forward_to"]} - reached
+    ):  # type: ignore[attr-defined]
+        reached |= more
+    kept = {name for name in reached if not any(applies(rule, name) and rule["forward_only"] for rule in rules)}
+    wanted = Counter({name: 1 for name in kept if name.startswith("/queue/")})
+    if "/topic/VirtualTopic.t" in kept:
+        wanted[queue] += 1
+    assert Counter(depths(bench)) == wanted
