@@ -48,7 +48,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("remote_temporary", "requests"),
         *("routing_settings",),
         *("statistics", "stomp_remote", "settings", "replica_settings", "network_settings", "policy_settings"),
-        *("cli", "cli_output", "cli_replica", "cli_network", "cli_messages", "cli_policy", "cli_queue", "__main__", ""),
+        *(
+            "cli",
+            "cli_output",
+            "cli_replica",
+            "cli_network",
+            "cli_messages",
+            "cli_policy",
+            "cli_dead_letters",
+            "dead_letter_work",
+            "cli_queue",
+            "__main__",
+            "",
+        ),
     ),
 }
 
@@ -73,8 +85,24 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
     "cronsim": ("core/cron.py",),
     "trio": ("cluster", "run time", "face"),
     "pydantic": ("settings.py",),
-    "click": ("cli.py", "cli_messages.py", "cli_replica.py", "cli_network.py", "cli_policy.py", "cli_queue.py"),
-    "rich": ("cli.py", "cli_output.py", "cli_network.py", "cli_replica.py", "cli_policy.py", "cli_queue.py"),
+    "click": (
+        "cli.py",
+        "cli_messages.py",
+        "cli_replica.py",
+        "cli_network.py",
+        "cli_policy.py",
+        "cli_dead_letters.py",
+        "cli_queue.py",
+    ),
+    "rich": (
+        "cli.py",
+        "cli_output.py",
+        "cli_network.py",
+        "cli_replica.py",
+        "cli_policy.py",
+        "cli_dead_letters.py",
+        "cli_queue.py",
+    ),
 }
 
 # Pure: no clock, randomness, socket, thread or file. So of the standard library only what has none of these.

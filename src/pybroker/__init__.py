@@ -18,6 +18,7 @@ from pybroker.config import (
 )
 from pybroker.connect_options import ConnectOptions
 from pybroker.connecting import connect
+from pybroker.dead_letter_work import DeadLetter, DeadLetterFilter, DeadLettersDone
 from pybroker.errors import (
     AuthenticationFailed,
     BrokerClosed,
@@ -69,6 +70,9 @@ __all__ = [
     "ConnectOptions",
     "ConnectionEvent",
     "CorruptRecord",
+    "DeadLetter",
+    "DeadLetterFilter",
+    "DeadLettersDone",
     "DeliveryPolicy",
     "DestinationPolicy",
     "DestinationStatistics",

@@ -21,6 +21,7 @@ from pybroker.config import BrokerConfig
 from pybroker.control import ControlServer
 from pybroker.core.browsing import BrowsePage, Cursor
 from pybroker.core.consumer import Connection
+from pybroker.dead_letter_work import DeadLetters, dead_letter_command
 from pybroker.destination import parse_destination
 from pybroker.engine import Engine
 from pybroker.errors import BrokerClosed, BrokerError, ConfigurationError, NotLeader, ProtocolError, StoreError
@@ -169,6 +170,11 @@ class Broker:
         """As `move`, and the messages also stay where they are."""
         return await move_all(self._running, COPY, source, target, selector, limit, progress)
 
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Looking at dead letters, sending them back, dropping them: `list`, `retry`, `drop`."""
+        return DeadLetters(self._running)
+
     def network_status(self) -> NetworkStatus:
         """The brokers that this one is linked with, or knows, at this moment. Raises as `statistics`."""
         return self._membership.status(self._running())
@@ -258,6 +264,7 @@ class Broker:
                 "policy-show": self._policy_show,
                 "queue-browse": self._queue_browse,
                 "queue-move": self._queue_move,
+                "dead-letters": self._dead_letters,
                 **self._keeper.commands(),
             }
             await nursery.start(ControlServer(self.config.data_dir, commands).run)
@@ -276,6 +283,9 @@ class Broker:
 
     async def _queue_move(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return await move_command(self._running(), request)
+
+    async def _dead_letters(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return await dead_letter_command(self._running(), request)
 
     async def _policy_show(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [each._asdict() for each in self.explain_policy(str(request.get("destination", "")))]

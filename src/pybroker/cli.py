@@ -15,6 +15,7 @@ import trio
 from rich.table import Table
 
 from pybroker.broker import Broker, open_broker, single
+from pybroker.cli_dead_letters import dlq
 from pybroker.cli_messages import DEFAULT_URL, receive, send
 from pybroker.cli_network import network, network_flags
 from pybroker.cli_output import make_console
@@ -42,6 +43,7 @@ def cli() -> None:
 cli.add_command(replica)
 cli.add_command(network)
 cli.add_command(policy)
+cli.add_command(dlq)
 cli.add_command(send)
 cli.add_command(receive)
 cli.add_command(browse)

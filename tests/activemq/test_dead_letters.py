@@ -36,3 +36,20 @@ async def test_individual_dead_letter_queues_with_expired_messages(autojump_cloc
             letter = await dead.receive()
             assert (letter.body, letter.header("dead-letter-reason")) == (b"too late", "expired")
             await letter.ack()
+
+
+async def test_the_way_back(autojump_clock: MockClock) -> None:
+    """There: ``retryMessages()`` of the queue's MBean, for all of the queue; here with filters, and atomically."""
+    async with broker_on(Disk(), policy=[WARD]) as broker, broker.connect() as client:
+        for patient in ("7", "8"):
+            await client.send("/queue/ward.3", b"referral", {"patient": patient})
+        async with client.subscribe("/queue/ward.3") as messages:
+            for _ in range(2):
+                await (await messages.receive()).nack()
+            found = [dict(letter.headers) async for letter in broker.dead_letters.list(origin="/queue/ward.>")]
+            assert found == [{"patient": "7"}, {"patient": "8"}]
+            assert (await broker.dead_letters.retry(selector="patient = '8'")).count == 1
+            message = await messages.receive()
+            assert (message.header("patient"), message.deliveries) == ("8", 0)
+            await message.ack()
+        assert (await broker.dead_letters.drop(queue="/queue/DLQ.ward.3")).count == 1

@@ -52,3 +52,16 @@ async def test_a_dead_letter_goes_to_the_queue_of_its_policy_and_says_where_it_w
                 "1",
             ]
             await letter.ack()
+
+
+async def test_a_dead_letter_that_is_sent_back_is_a_message_as_before(autojump_clock: MockClock, world: World) -> None:
+    broker = await started(world, policy=[{"match": "/queue/>", "deliveries_max": 1}])
+    async with world.client() as client:
+        await client.send(Q, b"0", {"a": "1"})
+        async with client.subscribe(Q) as messages:
+            await (await messages.receive()).nack()
+            assert (await broker.dead_letters.retry(origin=Q)).count == 1
+            again = await messages.receive()
+            assert (again.body, again.header("a"), again.header("dead-letter-origin")) == (b"0", "1", None)
+            assert not again.redelivered
+            await again.ack()

@@ -57,6 +57,7 @@ class BrowsePage:
 
     unread       messages that could not be read, and so are not shown
     moved        messages that were purged, moved or copied; `outstanding`: those that would have been, but are not ready
+    stayed       messages that have no way to where they should go
     refused      why the target takes no more
     """
 
@@ -65,15 +66,20 @@ class BrowsePage:
     unread: int = 0
     moved: int = 0
     outstanding: int = 0
+    stayed: int = 0
     refused: BrokerFull | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Moving:
-    """What happens to the ready messages of a page. `target`: the queue that they go to, None = they are deleted."""
+    """What happens to the ready messages of a page. `target`: the queue that they go to, None = they are deleted.
+
+    `way`: says for each message what goes where instead of `target`, None = it stays where it is.
+    """
 
     target: Queue | None
     keep: bool = False  # they also stay where they are
+    way: Callable[[Message], tuple[Message, Callable[[Message], object]] | None] | None = None
 
 
 class BrowseRequest:
@@ -276,9 +282,16 @@ def _move(core: Core, request: BrowseRequest, order: int, place: Place, message:
     assert queue.removals is not None
     if order in queue.removals.orders:
         return True
-    copy = None
-    if moving.target is not None:
-        copy = message.moved_to(f"/queue/{moving.target.name}", expires=message.expires)
+    copy, put = None, None
+    if moving.way is not None:
+        found = moving.way(message)
+        if found is None:
+            request.page.stayed += 1
+            return True
+        copy, put = found
+    elif moving.target is not None:
+        copy, put = message.moved_to(f"/queue/{moving.target.name}", expires=message.expires), moving.target.accept
+    if copy is not None:
         refused = core.full(copy)
         if refused is not None:
             request.page.refused = refused
@@ -289,8 +302,8 @@ def _move(core: Core, request: BrowseRequest, order: int, place: Place, message:
     request.page.moved += 1
     if not moving.keep:
         queue.counts.removed += 1
-    if copy is not None and moving.target is not None:
-        moving.target.accept(copy)
+    if copy is not None and put is not None:
+        put(copy)
     return True
 
 

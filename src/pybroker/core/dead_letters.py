@@ -7,9 +7,11 @@ further time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pybroker.destination import NAME_BYTES_MAX, Destination, parse_destination
+from pybroker.destination import NAME_BYTES_MAX, QUEUE, TOPIC, Destination, matches, parse_destination
+from pybroker.errors import InvalidDestination
 from pybroker.message import Message, decode_headers, encode_headers
 from pybroker.policies import NAME, DestinationPolicy
 
@@ -81,6 +83,45 @@ def read(letter: Message) -> tuple[Death, bytes] | None:
         return None
     numbers = {name: _number(found.get(name, "")) for name in ("deliveries", "time", "expires")}
     return Death(found["origin"], found.get("subscription", ""), found["reason"], **numbers), block
+
+
+def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], object]] | None:
+    """The message of a dead letter as it goes back to where it came from, and what puts it there; None where there is no way.
+
+    What was in a durable subscription goes to that one only, if it is still there; a topic's other subscribers all get it anew.
+    """
+    found = read(letter)
+    if found is None:
+        return None
+    death, block = found
+    try:
+        target = parse_destination(death.origin)
+    except InvalidDestination:
+        return None
+    if target.is_pattern or target.kind not in (QUEUE, TOPIC) or death.origin == letter.destination:
+        return None
+    expires = death.expires if death.expires > core.now else 0  # once more, it would be expired
+    back = Message(
+        death.origin,
+        letter.body,
+        block,
+        letter.durable,
+        letter.priority,
+        expires,
+        letter.message_id,
+        letter.timestamp,
+    )
+    if target.kind == QUEUE:
+        queue = core.by_destination.get(death.origin)
+        return back, (core.add_named_queue(target) if queue is None else queue).accept
+    if not death.subscription:
+        return back, lambda message: core._publish(message, core._target(message.destination))  # type: ignore[arg-type]
+    owners = [owner for owner in core.subscriptions if "/".join(owner) == death.subscription]
+    for owner in owners:
+        subscription = core.subscriptions[owner]
+        if matches(tuple(subscription.name.split(".")), target.parts):
+            return back, subscription.accept
+    return None
 
 
 def _number(text: str) -> int:
