@@ -115,7 +115,7 @@ def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], 
         queue = core.by_destination.get(death.origin)
         return back, (core.add_named_queue(target) if queue is None else queue).accept
     if not death.subscription:
-        return back, lambda message: core._publish(message, core._target(message.destination))  # type: ignore[arg-type]
+        return back, lambda message: core.publish(message, target)
     owners = [owner for owner in core.subscriptions if "/".join(owner) == death.subscription]
     for owner in owners:
         subscription = core.subscriptions[owner]
