@@ -69,6 +69,7 @@ class Limits:
     composite_destinations_max: int = 64  # destinations that one send or subscription may name, divided by commas
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     temporary_destinations_max: int = 1_000  # temporary queues and topics of one connection
+    groups_max: int = 100_000  # names of message groups that are remembered with their consumers; others share buckets
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
     turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn

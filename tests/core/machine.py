@@ -57,6 +57,8 @@ def pick(items: Any, number: int) -> Any:
 class CoreMachine(RuleBasedStateMachine):
     """See the first lines of the file; the promises are checked in `Model`, `_check` and `teardown`."""
 
+    blocks: tuple[bytes, ...] = (b"", b"k:v\n")
+
     def __init__(self) -> None:
         super().__init__()
         self.patches = ExitStack()
@@ -125,6 +127,11 @@ class CoreMachine(RuleBasedStateMachine):
     def first(self, focus: tuple[str, ...], expiring: bool, window: int, delay: int, waiting_max: int) -> None:
         """A run about few destinations gets further than one about all."""
         self.limits = replace(LIMITS, window_messages_max=window)
+        self._open(delay, waiting_max)
+        self.focus = focus
+        self.lasting = (0, 50, 1_500) if expiring else (0,)
+
+    def _open(self, delay: int, waiting_max: int) -> None:
         policies: tuple[PolicyEntry, ...] = ()
         if delay:
             values = {
@@ -138,8 +145,6 @@ class CoreMachine(RuleBasedStateMachine):
             self.limits = replace(self.limits, window_bytes_max=1_000)
         self.driver = Driver(self.limits, DELIVERY, self.model, policies=policies)
         self.model.driver = self.driver
-        self.focus = focus
-        self.lasting = (0, 50, 1_500) if expiring else (0,)
 
     @rule(
         to=index,
@@ -148,14 +153,14 @@ class CoreMachine(RuleBasedStateMachine):
         durable=st.booleans(),
         priority=st.sampled_from((4, 4, 4, 0, 9)),
         lasts=index,
-        block=st.sampled_from((b"", b"k:v\n")),
+        block=index,
         receipt=st.booleans(),
     )
     def send(
-        self, to: int, count: int, size: int, durable: bool, priority: int, lasts: int, block: bytes, receipt: bool
+        self, to: int, count: int, size: int, durable: bool, priority: int, lasts: int, block: int, receipt: bool
     ) -> None:
-        for _ in range(count):
-            message = self._make(to, size, durable, priority, lasts, block)
+        for number in range(count):
+            message = self._make(to, size, durable, priority, lasts, pick(self.blocks, block + number))
             if self.core.full(message[1]) is not None:
                 break
             self.model.expect(message[0])
@@ -220,14 +225,15 @@ class CoreMachine(RuleBasedStateMachine):
         start: bool,
         owner: tuple[str, str] | None = None,
         selector: str = "",
+        exclusive: bool = False,
+        priority: int = 0,
     ) -> None:
         core = self.core
+        options = ConsumerOptions(selector, exclusive, priority)
         durable = {} if owner is None else {"client_id": owner[0], "durable_name": owner[1]}
         taken = owner and any(m.key == ("subscription", *owner) for m in self.model.members.values())
         try:
-            consumer = core.subscribe(
-                connection, to, mode, prefetch=prefetch, options=ConsumerOptions(selector), **durable
-            )
+            consumer = core.subscribe(connection, to, mode, prefetch=prefetch, options=options, **durable)
         except SubscriptionError:
             assert taken
             return
@@ -238,7 +244,7 @@ class CoreMachine(RuleBasedStateMachine):
         if owner is not None:
             self.model.patterns.setdefault(owner, (to[len("/topic/") :], selector))
         key = self.model.key_of(consumer.queue)
-        member = self.model.members[consumer] = Member(key, mode, prefetch, connection, selector)
+        member = self.model.members[consumer] = Member(key, mode, prefetch, connection, selector, exclusive, priority)
         if start:
             member.started = True
             core.start(consumer)

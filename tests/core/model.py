@@ -30,6 +30,12 @@ SELECTORS: dict[str, Callable[[Sent], bool]] = {  # and which messages they are 
     "k = 'v'": lambda sent: sent.block == b"k:v\n",
     "k IS NULL OR JMSPriority BETWEEN 5 AND 9": lambda sent: not sent.block or sent.priority >= 5,
 }
+QUEUE_SELECTORS: dict[str, Callable[[bytes], bool]] = {  # of the consumers of queues
+    "": lambda block: True,
+    "s = '1'": lambda block: b"s:1\n" in block,
+    "s > '1' OR s = '2'": lambda block: b"s:2\n" in block,
+    "s IS NULL": lambda block: b"s:" not in block,
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Copy:
     def ready(self) -> bool:
         return self.holder is None
 
+    @property
+    def group(self) -> str:
+        return dict(reversed(decode_headers(self.block))).get("JMSXGroupID", "")
+
 
 @dataclass
 class Member:
@@ -82,6 +92,8 @@ class Member:
     prefetch: int
     connection: Connection
     selector: str = ""
+    exclusive: bool = False
+    priority: int = 0
     started: bool = False
     last: dict[int, int] = field(default_factory=dict)  # priority: the highest order delivered for the first time
 
@@ -135,6 +147,7 @@ class Model:
         self.leaving: set[Consumer] = set()  # consumers that the call under way ends
         self.outboxes: dict[Connection, list[Outgoing]] = {}
         self.confirmations: Counter[int] = Counter()
+        self.groups: dict[tuple[Key, str], Consumer] = {}  # message groups that have an owner
         self._uid = 0
 
     # ---- small questions
@@ -156,6 +169,37 @@ class Model:
 
     def expired(self, copy: Copy) -> bool:
         return bool(copy.expires) and copy.expires <= self.now
+
+    def exclusive(self, key: Key) -> Consumer | None:
+        """Who gets everything of a queue."""
+        found = [c for c, m in self.members.items() if m.key == key and m.exclusive and c not in self.leaving]
+        return max(found, key=lambda consumer: self.members[consumer].priority, default=None)
+
+    def may_take(self, consumer: Consumer, copy: Copy) -> bool | None:
+        """Whether a copy may go to a consumer; None while consumers leave, one after the other, and it can't be said."""
+        member = self.members[consumer]
+        if member.key[0] != "queue":
+            return True
+        if not QUEUE_SELECTORS[member.selector](copy.block):
+            return False
+        if any(self.members[each].key == member.key for each in self.leaving):
+            return None
+        exclusive = self.exclusive(member.key)
+        if exclusive is not None:
+            return consumer is exclusive
+        return self.groups.get((member.key, copy.group), consumer) is consumer
+
+    def _bind(self, consumer: Consumer, copy: Copy) -> None:
+        """A delivery may open or close a group."""
+        member = self.members[consumer]
+        key = member.key
+        if not copy.group or key[0] != "queue" or member.exclusive:
+            return
+        owner = self.groups.get((key, copy.group))
+        if b"JMSXGroupSeq:-1" in copy.block:
+            self.groups.pop((key, copy.group), None)
+        elif owner is None or owner in self.leaving:
+            self.groups[key, copy.group] = consumer
 
     def held_by(self, consumer: Consumer) -> list[Copy]:
         """What a consumer has unacknowledged, in order of delivery."""
@@ -280,6 +324,7 @@ class Model:
             for copy in self.held_by(consumer):
                 self.give_back(self.members[consumer].key, copy)
             del self.members[consumer]
+        self.groups = {group: owner for group, owner in self.groups.items() if owner in self.members}
         self.leaving.clear()
         self.expected.clear()
         self.dying.clear()
@@ -353,6 +398,10 @@ class Model:
         if copy.holder in self.leaving:
             self.give_back(key, copy, True)
         assert copy.ready, f"{copy} is given out twice"
+        assert self.may_take(consumer, copy) is not False, f"{copy} is not for {consumer.options}"
+        for other, one in self.members.items():
+            if one.key == key and one.priority > member.priority and other.listed:
+                assert not self.may_take(other, copy), f"{copy} is for {other.options} first"
         assert not self.expired(copy), f"{copy} is given out late"
         assert not self.waits(copy), f"{copy} is given out before it is due"
         assert not self.stalled(key), f"{copy} is given out of a queue that is stalled"
@@ -363,7 +412,8 @@ class Model:
         size = sum(len(other.sent.body) + len(other.block) for other in held)
         assert size < self.size_max, f"more than {self.size_max} bytes"
         for other in copies.values():
-            if other.ready and other.order < copy.order and not self.expired(other) and not self.waits(other):
+            ahead = other.ready and other.order < copy.order and not self.expired(other) and not self.waits(other)
+            if ahead and self.may_take(consumer, other):
                 assert other.uid in self.returning, f"{copy} overtakes {other}"
         assert copy.low <= entry.deliveries <= copy.high, (entry.deliveries, copy)
         assert entry.deliveries < self.deliveries_max or key == DLQ, f"{copy} had its last delivery before"
@@ -372,6 +422,7 @@ class Model:
         copy.tag = consumer.last_tag + 1
         copy.visible = False
         copy.begun = True
+        self._bind(consumer, copy)
         self.returning.discard(copy.uid)
 
     def shown(self, consumer: Consumer, entry: Entry) -> None:
@@ -395,7 +446,7 @@ class Model:
         assert entry.deliveries >= before, f"{copy} was shown {before} times before, and says {entry.deliveries}"
         self.shown_count[copy.uid] += 1
         copy.visible = True
-        if entry.deliveries == 0 and not copy.unshown:
+        if entry.deliveries == 0 and not copy.unshown and not copy.group:
             last = member.last.get(sent.priority, -1)
             assert copy.order > last, f"{copy} comes after {last}"
             member.last[sent.priority] = copy.order
@@ -433,6 +484,7 @@ class Model:
     def forget_the_unwritten(self) -> None:
         """The process died: what was written is what there is."""
         self.members.clear()
+        self.groups.clear()
         self.pending.clear()
         self.outboxes.clear()
         self.zombies.clear()

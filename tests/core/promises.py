@@ -63,6 +63,7 @@ def check_nobody_starves(driver: Driver, model: Model) -> None:
                 continue
             copies = model.in_queue(member.key).values()
             waiting = [copy for copy in copies if copy.ready and not model.expired(copy) and not model.waits(copy)]
+            waiting = [copy for copy in waiting if model.may_take(consumer, copy)]
             assert not waiting, (consumer, waiting, core.queues)
 
 

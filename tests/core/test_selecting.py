@@ -124,7 +124,8 @@ def test_ten_thousand_equalities_cost_the_evaluation_of_those_that_can_be_true(m
     assert len(bench.eye.deliveries) == 2
 
 
-def test_a_queue_is_consumed_without_a_selector() -> None:
+def test_a_wrong_selector_makes_no_queue_and_no_consumer() -> None:
     bench = Bench()
-    with pytest.raises(SubscriptionError, match="selectors are for topics: subscribe to /queue/q without one"):
-        subscribe(bench, "ward = 3", "/queue/q")
+    with pytest.raises(InvalidSelector, match="column 9"):
+        subscribe(bench, "ward = (", "/queue/q")
+    assert not bench.core.queues

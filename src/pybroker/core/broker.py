@@ -128,6 +128,7 @@ class Core:
         self._quiet = False  # nothing is handed out any more
         self._last_id = first_id - 1
         self.dirty: list[Queue | Producer | Schedules] = []  # those whose record in the store is out of date
+        self.group_names = 0  # message groups that have an owner, by name
         self.duplicates = 0  # sends that were stored before, and were not stored again
         self.producers = Producers(self, producers)
         self.by_destination: dict[str, Queue] = {}

@@ -321,7 +321,7 @@ def _remove_ready(core: Core, queue: Queue, order: int, place: Place) -> bool:
         queue.forget(entry)
         return True
     _, row, stored = place
-    if queue.tail is None or order < queue.tail:
+    if (unloaded := queue.unloaded) is None or order < unloaded:
         return False
     if row is None:  # it was in memory when the page was asked for, and is in the spool by now
         found = place[0]

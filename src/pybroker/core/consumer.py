@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pybroker.consumer_options import PLAIN, ConsumerOptions
@@ -50,6 +51,7 @@ class Consumer:
         "holding",
         "last_tag",
         "listed",
+        "matches",
         "options",
         "queue",
         "sink",
@@ -81,6 +83,7 @@ class Consumer:
         self.listed = False  # it stands in its queue's list of consumers that may be given something
         self.context = context
         self.options = options
+        self.matches: Callable[[Message], bool] | None = None  # which messages it may be given; None = all
 
     @property
     def able(self) -> bool:

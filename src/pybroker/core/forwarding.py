@@ -28,6 +28,11 @@ ROUTE_REMEMBERED = 16  # names in the longest one of these
 STRANDED_MAX = 1_000  # messages of one queue that are set apart at the hop limit; from then on it forwards nothing more
 
 
+def demands(queue: Queue) -> bool:
+    """Whether a queue has a consumer for everything: others are asked for its messages because of such ones only."""
+    return any(consumer.matches is None for consumer in queue.consumers)
+
+
 def _passed(message: Message) -> tuple[str, ...]:
     return message.route.passed if message.route is not None else ()
 
@@ -45,7 +50,7 @@ def _choose(links: Links, queue: Queue, message: Message) -> Peer | None:
                 peer.blocked[queue] = None
         return None
     there = [(peer, length, bool(passed) and origins.issubset(passed)) for peer, (length, origins) in routes.items()]
-    back = bool(passed) and not queue.consumers and all(had_it for peer, _, had_it in there if peer.link is not None)
+    back = bool(passed) and not demands(queue) and all(had_it for peer, _, had_it in there if peer.link is not None)
     found: Peer | None = None
     nearest = 0
     for peer, length, had_it in there:
@@ -152,12 +157,31 @@ def forward(links: Links, queue: Queue) -> None:
         if peer is None:
             return
         window.pop_first()
-        queue.counts.forwarded += 1
-        copy = _copy(links, message, entry.deliveries)
-        queue.forget(entry)
-        links.lane(peer).accept(copy)
+        _send_on(links, entry, peer)
         if queue.tail is not None and queue.page is None and len(window) < core.page_below:
             queue.request_page()
+
+
+def offer(links: Links, queue: Queue, entry: Entry) -> bool | None:
+    """Forward an entry of a choosy queue's window: True when it is gone, False while no peer has room, None when it has to stay."""
+    message = entry.message
+    if len(_passed(message)) >= links.config.hops_max:
+        return None
+    peer = _choose(links, queue, message)
+    if peer is None:
+        return False if any(queue in each.blocked for each in queue.routes or ()) else None
+    queue.window.discard(entry.order)
+    _send_on(links, entry, peer)
+    return True
+
+
+def _send_on(links: Links, entry: Entry, peer: Peer) -> None:
+    """Move an entry that stands in no collection of its queue to a peer's."""
+    queue = entry.queue
+    queue.counts.forwarded += 1
+    copy = _copy(links, entry.message, entry.deliveries)
+    queue.forget(entry)
+    links.lane(peer).accept(copy)
 
 
 def _strand(queue: Queue, entry: Entry) -> None:

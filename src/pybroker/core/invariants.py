@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 from pybroker.core.broker import Core
+from pybroker.core.choosing import Choosing
 from pybroker.core.demand import Key
 from pybroker.core.entry import DELAYED, ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
+from pybroker.core.forwarding import demands
 from pybroker.core.links import TOPIC_PREFIX, Links, Peer
-from pybroker.core.queue import BACKLOG, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.queue import BACKLOG, CONSUMED, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
 from pybroker.core.schedules import Schedules
 from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE as QUEUE_KIND
@@ -148,7 +150,7 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     stored = sum(entry.stored for entry in loaded)
     assert stored <= queue.count, (stored, queue.count)
     assert len(loaded) - stored <= queue.transient, (len(loaded), stored, queue.transient)
-    if queue.tail is None and not queue.counts.corrupt:
+    if queue.unloaded is None and not queue.counts.corrupt:
         assert stored == queue.count, (stored, queue.count)
         assert len(loaded) - stored == queue.transient, (len(loaded), stored, queue.transient)
     for consumer in queue.consumers:
@@ -157,7 +159,9 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
         assert not consumer.listed or consumer.able, consumer
     assert len(queue.stranded) == sum(entry.state == STRANDED for entry in outstanding), queue
     assert not queue.available or not queue.stranded, (queue, "a consumer could take what can't be forwarded")
-    if queue.available and queue.page is None:
+    if queue.choosing is not None:
+        _check_choosing(queue.choosing)
+    elif queue.available and queue.page is None:
         assert not window, (queue, "ready messages while a consumer could take them")
         assert queue.tail is None, (queue, "messages behind the window while a consumer waits, and no page asked for")
     if queue.kind in (BACKLOG, TEMPORARY):
@@ -165,6 +169,31 @@ def _check_queue(queue: Queue, messages: set[Message]) -> int:
     if queue.kind == QUEUE:
         assert not queue.subscription, queue
     return ENTRY_BYTES * len(loaded)
+
+
+def _check_choosing(choosing: Choosing) -> None:
+    """Nobody is able and has something left to take, and nobody's mark is above something for him."""
+    queue = choosing.queue
+    assert queue.kind in CONSUMED, queue
+    assert queue.window is choosing.window, queue
+    assert list(choosing._places) == list(queue.consumers), queue
+    assert choosing.skipped is None or queue.tail is None or choosing.skipped < queue.tail, (
+        choosing.skipped,
+        queue.tail,
+    )
+    late = set(choosing._late)
+    for place in choosing._eligible():
+        assert place.missed is None or place.mark <= place.missed, (place.mark, place.missed)
+        assert place.missed is None or queue.unloaded is not None, place.missed
+        assert place.mark <= choosing._top, (place.mark, choosing._top)
+        for entry in choosing.window:
+            if entry.order < place.mark and entry.order not in late:
+                assert not choosing._takes(place, entry), (entry, place.mark, "passed over for good")
+    for place in choosing._hungry():
+        assert place.missed is None, (place.missed, "something in the store for somebody who is able")
+        assert queue.tail is None or queue.page is not None, (queue, "nobody reads on for somebody who is able")
+        for entry in choosing.window:
+            assert not choosing._takes(place, entry), (entry, "ready while somebody who is able could take it")
 
 
 def _check_links(links: Links) -> None:
@@ -210,7 +239,7 @@ def _check_routes(links: Links, queue: Queue) -> None:
             length, origins = wanted.get(peer, (len(best[1]), frozenset()))
             wanted[peer] = min(length, len(best[1])), origins | {key.origin}
     assert (queue.routes or {}) == wanted, (queue, queue.routes, wanted)
-    if not wanted or queue.available or not queue.window:
+    if not wanted or queue.available or not queue.window or queue.choosing is not None:
         return
     message = queue.window.first().message
     passed = message.route.passed if message.route is not None else ()
@@ -228,7 +257,7 @@ def _check_demand(links: Links) -> None:
     for queue in core.queues.values():
         if queue.kind == QUEUE:
             target = Destination(QUEUE_KIND, queue.name)
-            if queue.consumers and queue not in links._withheld and links.allowed(target):
+            if demands(queue) and queue not in links._withheld and links.allowed(target):
                 own.add(Key(str(target), False, links.name))
         elif isinstance(queue, TemporaryQueue):
             if queue.owner is not None:

@@ -106,7 +106,7 @@ class Links:
         self._routed: set[Key] = set()
         self._plain: Counter[str] = Counter()  # own subscriptions by topic
         self._durable: Counter[str] = Counter()
-        self._consumed: dict[Queue, None] = {}  # queues with consumers of this broker
+        self._consumed: dict[Queue, None] = {}  # queues with consumers of this broker that take everything
         self._withheld: set[Queue] = set()  # of these: so much is waiting here that no more is asked for
         self._include = [parse_destination(pattern) for pattern in self.config.include]
         self._exclude = [parse_destination(pattern) for pattern in self.config.exclude]
@@ -152,7 +152,8 @@ class Links:
     def joined(self, queue: Queue) -> None:
         """A queue, or a plain subscription of a topic, has got a consumer."""
         if queue.kind == QUEUE:
-            self._consumed[queue] = None
+            if forwarding.demands(queue):
+                self._consumed[queue] = None
             self._tell_own(queue)
         elif queue.kind == BACKLOG:
             self._plain[queue.name] += 1
@@ -163,7 +164,7 @@ class Links:
     def left(self, queue: Queue) -> None:
         """... has lost one."""
         if queue.kind == QUEUE:
-            if not queue.consumers:
+            if not forwarding.demands(queue):
                 self._consumed.pop(queue, None)
                 self._withheld.discard(queue)
             self._tell_own(queue)
@@ -311,6 +312,8 @@ class Links:
                 length, origins = routes.get(peer, (len(path), frozenset()))
                 routes[peer] = min(length, len(path)), origins | {key.origin}
         queue.routes = routes or None
+        if queue.choosing is not None:
+            queue.choosing.rerouted()
 
     # ---- links come and go
 
@@ -365,7 +368,7 @@ class Links:
         consumer = Consumer(link.connection, queue, INDIVIDUAL, link.messages_max, link.bytes_max, lane)
         link.connection.consumers[consumer] = None
         link.lanes[lane.number] = consumer
-        queue.consumers.add(consumer)
+        queue.consumers[consumer] = None
         self.core.start(consumer)
 
     def lane(self, peer: Peer) -> Queue:
@@ -520,5 +523,6 @@ class Links:
 
     pass_on = forwarding.pass_on
     forward = forwarding.forward
+    offer = forwarding.offer
     publish = forwarding.publish
     origins_of = forwarding.origins_of

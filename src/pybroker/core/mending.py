@@ -39,4 +39,14 @@ def messages_mended(core: Core, found: Iterable[tuple[int, int, Operation]]) -> 
             core.mend(operation)
             first[queue] = min(order, first.get(queue, order))
     for queue, order in first.items():
-        queue.read_again(order)
+        _read_again(queue, order)
+
+
+def _read_again(queue: Queue, order: int) -> None:
+    """What could not be read at `order` is whole now (with what was emitted before): take it up, in its place."""
+    found = {each for each in queue.unread if each >= order}
+    queue.unread -= found
+    queue.counts.corrupt -= len(found)
+    if queue.tail is None or order < queue.tail:
+        queue.read_from(order)
+    queue.dispatch()

@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pybroker.core.choosing import Choosing
 from pybroker.core.consumer import Consumer
 from pybroker.core.counts import QueueCounts
 from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
+from pybroker.core.groups import GROUP_HEADER
+from pybroker.core.loading import count_unread, from_store, knows
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
+from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
 from pybroker.destination import TOPIC, Destination
 from pybroker.message import Message
@@ -46,7 +50,7 @@ BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
 TEMPORARY = "temporary"  # of one connection, see temporary.py; its messages are never stored
 LINK = "link"  # what is on its way to another broker of the network, in order of forwarding
 DELETED = "deleted"  # a durable subscription whose messages are being removed
-UNREAD_MAX = 4_096  # orders of unreadable messages that a queue remembers
+CONSUMED = (QUEUE, TEMPORARY)  # kinds whose messages are shared out among several consumers
 HEAD_EVERY = 4_096  # removals after which the lower bound of a queue is worked out anew
 
 
@@ -56,6 +60,7 @@ class Queue:
     __slots__ = (
         "_removals",
         "available",
+        "choosing",
         "client_id",
         "consumers",
         "core",
@@ -113,12 +118,13 @@ class Queue:
         self.spooled_size = 0  # and their bytes
         self._removals = 0
         self.dirty = False  # the descriptor in the store is out of date
-        self.window = Window()
+        self.window: Window | SortedWindow = Window()
         self.tail: int | None = record.head if record.count else None
         self.page: PageRequest | None = None
         self.removals: Removals | None = None  # what goes while somebody moves messages
         self.outstanding: dict[int, Entry] = {}
-        self.consumers: set[Consumer] = set()
+        self.consumers: dict[Consumer, None] = {}  # in the order in which they subscribed
+        self.choosing: Choosing | None = None  # while not every consumer may take every message
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
         self.unread: set[int] = (
             set()
@@ -140,6 +146,12 @@ class Queue:
     def depth(self) -> int:
         """Messages in the queue, ready and outstanding."""
         return self.count + self.transient
+
+    @property
+    def unloaded(self) -> int | None:
+        """From which order on ready messages may be in the store or the spool only; None = memory has them all."""
+        passed = self.choosing.skipped if self.choosing is not None else None
+        return self.tail if passed is None else passed
 
     def record(self) -> QueueRecord:
         """The descriptor as it is to be stored with everything emitted so far."""
@@ -164,7 +176,7 @@ class Queue:
         core = self.core
         self.counts.enqueued += 1
         straight_on = self.routes is not None and not self.available and self.tail is None and not self.window
-        if straight_on and shared is None and core.links.pass_on(self, message):
+        if straight_on and shared is None and self.choosing is None and core.links.pass_on(self, message):
             return
         sequence = self.next_sequence
         self.next_sequence = sequence + 1
@@ -193,11 +205,17 @@ class Queue:
         if route is not None and route.deliveries and self.kind == QUEUE:
             self._count_earlier(entry, route.deliveries)
         core.hold(entry)
-        if self.available and self.tail is None and not self.window:
+        if (
+            self.available
+            and self.tail is None
+            and not self.window
+            and self.choosing is None
+            and GROUP_HEADER not in message.header_block
+        ):
             self._deliver(entry)
         else:
             self._insert(entry)
-            if self.available or self.routes is not None:
+            if self.available or self.routes is not None or self.choosing is not None:
                 self.dispatch()
 
     def _count_earlier(self, entry: Entry, deliveries: int) -> None:
@@ -211,6 +229,8 @@ class Queue:
         """Put a ready entry that memory holds into the window, or leave it behind the tail."""
         tail = self.tail
         if tail is not None and entry.order >= tail:
+            if self.choosing is not None:
+                self.choosing.came(entry.order)
             page = self.page
             if page is not None and entry.order >= page.start:
                 if page.floor is None and page.added_size < page.size_max and len(page.added) < page.count_max:
@@ -223,6 +243,9 @@ class Queue:
             return
         window = self.window
         window.add(entry)
+        if self.choosing is not None:
+            self.choosing.came(entry.order)
+            return
         limits = self.core.limits
         if len(window) > limits.window_messages_max or (window.size > limits.window_bytes_max and len(window) > 1):
             # a quarter at once, so that cutting costs little for each
@@ -230,14 +253,19 @@ class Queue:
 
     def shrink(self, count_keep: int, size_keep: int) -> None:
         """Leave the end of the window to the store and the spool."""
+        choosing = self.choosing
+        if choosing is not None and choosing.shrink(count_keep, size_keep):
+            return
         for entry in self.window.cut(count_keep, size_keep):
             self.tail = entry.order
             self._leave_to_store(entry)
+        if choosing is not None and self.tail is not None:
+            choosing.cut(self.tail)
 
     def _leave_to_store(self, entry: Entry) -> None:
         if not entry.stored and not entry.spooled:
             self.core.spool(entry)
-        if entry.deliveries != self._deliveries_without_record(entry) or entry.recorded:
+        if entry.deliveries != self.deliveries_without_record(entry) or entry.recorded:
             # It comes back by a page: its deliveries must be found there.
             where = self.core.operations if entry.stored else self.core.spool_operations
             where.append((PUT_DELIVERIES, self.queue_id, entry.order, entry.deliveries))
@@ -246,7 +274,17 @@ class Queue:
         entry.state = GONE
         self.core.let_go(entry)
 
-    def _deliveries_without_record(self, entry: Entry) -> int:
+    def read_from(self, order: int) -> None:
+        """Leave what the window has from `order` on to the store and the spool: the queue is read again from there."""
+        leaving = [entry for entry in self.window if entry.order >= order]
+        self.tail = order
+        for entry in reversed(leaving):
+            self.window.discard(entry.order)
+            self._leave_to_store(entry)
+        if self.choosing is not None:
+            self.choosing.cut(order)
+
+    def deliveries_without_record(self, entry: Entry) -> int:
         """What a page finds for an entry that has no delivery record: once, if the mark has passed it."""
         if not entry.stored:
             return 0
@@ -260,6 +298,9 @@ class Queue:
 
     def dispatch(self) -> None:
         """Give out ready messages while there is somebody to take them."""
+        if self.choosing is not None:
+            self.choosing.dispatch()
+            return
         window = self.window
         while (consumer := self.choose()) is not None:
             if not window:
@@ -267,6 +308,10 @@ class Queue:
                     self.request_page()
                 return
             entry = window.pop_first()
+            if GROUP_HEADER in entry.message.header_block and self.kind in CONSUMED:
+                window.add(entry)
+                Choosing(self).dispatch()
+                return
             expires = entry.message.expires
             if expires and expires <= self.core.now:
                 self.core.expire(entry)
@@ -295,10 +340,14 @@ class Queue:
         elif len(available) > 1:
             available.rotate(-1)
         if entry.stored:
-            if entry.deliveries or entry.recorded:  # a record of 0, too, would go before the mark
+            ahead = self.choosing is not None and self.choosing.passed_over(
+                order
+            )  # the mark would be for what it passes, too
+            if entry.deliveries or entry.recorded or ahead:  # a record of 0, too, would go before the mark
                 core.operations.append((PUT_DELIVERIES, self.queue_id, order, entry.deliveries + 1))
                 entry.recorded = True
-            self._count_dispatched(order)
+            if not ahead:
+                self._count_dispatched(order)
             entry.state = HELD
             consumer.holding += 1
             core.held.append(entry)
@@ -469,19 +518,19 @@ class Queue:
         if page.floor is not None:
             bound = page.floor if bound is None else min(bound, page.floor)
         for order, operation in mended:
-            if not self._knows(order, page):
+            if not knows(self, order, page):
                 self.core.mend(operation)
         for order in unread:
-            if (bound is None or order < bound) and not self._knows(order, page):
-                self._count_unread(order)
+            if (bound is None or order < bound) and not knows(self, order, page):
+                count_unread(self, order)
         fresh: dict[int, Entry] = {}
         for stored, found in ((True, entries), (False, transient)):
             for row in found:
                 order = row.order
                 if bound is not None and order >= bound:
                     break
-                if not self._knows(order, page):
-                    fresh[order] = self._from_store(row, stored)
+                if not knows(self, order, page):
+                    fresh[order] = from_store(self, row, stored)
         for order, entry in page.added.items():
             if bound is None or order < bound:
                 fresh[order] = entry
@@ -491,12 +540,13 @@ class Queue:
         self.head_at_least(page.start)
         core = self.core
         leaving = []
+        insert = self._insert if self.choosing is None else self.window.add  # a choosy one looks at them first
         for order in sorted(fresh):
             entry = fresh[order]
             if self.kind == DELETED or core.dead_letter_due(entry):
                 leaving.append(entry)
             else:
-                self._insert(entry)
+                insert(entry)
         # Only now, when the window has the others: a removal may work out the queue's lower bound anew.
         for entry in leaving:
             if self.kind == DELETED:
@@ -514,30 +564,6 @@ class Queue:
         else:
             self.dispatch()
 
-    def _knows(self, order: int, page: PageRequest) -> bool:
-        """Whether memory knows better than the page: it has the message, or has seen it go."""
-        known = order in page.removed or order in page.added or order in self.outstanding
-        return known or order in self.window
-
-    def _count_unread(self, order: int) -> None:
-        if order not in self.unread:
-            self.counts.corrupt += 1
-            if len(self.unread) < UNREAD_MAX:
-                self.unread.add(order)
-
-    def read_again(self, order: int) -> None:
-        """What could not be read at `order` is whole now (with what was emitted before): take it up, in its place."""
-        found = {each for each in self.unread if each >= order}
-        self.unread -= found
-        self.counts.corrupt -= len(found)
-        if self.tail is None or order < self.tail:
-            leaving = [entry for entry in self.window if entry.order >= order]
-            self.tail = order
-            for entry in reversed(leaving):
-                self.window.discard(entry.order)
-                self._leave_to_store(entry)
-        self.dispatch()
-
     def empty(self) -> None:
         """Remove everything that is ready, page by page; with kind DELETED the queue itself goes in the end."""
         while self.window:
@@ -549,6 +575,8 @@ class Queue:
 
     def head_at_least(self, start: int) -> None:
         """Raise the lower bound: nothing stored stands below `start`, the window, outstanding and unread ones apart."""
+        if (unloaded := self.unloaded) is not None:
+            start = min(start, unloaded)
         head = min(start, self.window.first_order(start), min(self.outstanding, default=start))
         if self.unread:  # they are to be found again, by the next life or when they are whole
             head = min(head, min(self.unread))
@@ -556,24 +584,6 @@ class Queue:
             self.head = head
             if not self.dirty and self.kind != BACKLOG:
                 self.core.touch(self)
-
-    def _from_store(self, row: StoredEntry, stored: bool) -> Entry:
-        core = self.core
-        message = row.message
-        shared = core.shared.loaded_from_store(row.body_id, row.references) if row.body_id else None
-        if shared is not None and self.kind == QUEUE:  # a virtual topic's, which stands in the body
-            message = message.moved_to(f"/queue/{self.name}", expires=message.expires)
-        entry = Entry(message, row.order, self, stored, shared)
-        entry.spooled = not stored
-        if row.deliveries is None:
-            entry.deliveries = self._deliveries_without_record(entry)
-        else:
-            entry.recorded = True
-            entry.deliveries = row.deliveries
-        if message.expires and not stored:
-            core.expiries.add(entry)
-        core.hold(entry)
-        return entry
 
     def __repr__(self) -> str:
         return f"<Queue {self.kind} {self.name!r} depth {self.depth}>"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pybroker.core import dead_letters
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.forwarding import original
+from pybroker.core.loading import from_store
 from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
 from pybroker.core.reads import DueRequest, Whole
 from pybroker.destination import parse_destination
@@ -135,11 +136,11 @@ def due_loaded(
             queue = core.queues.get(row.queue_id)
             if queue is None or (row.queue_id, row.order) in removed or _expire_ready(core, queue, row.order):
                 continue
-            if queue.tail is not None and row.order >= queue.tail:
+            if (unloaded := queue.unloaded) is not None and row.order >= unloaded:
                 if queue.policy.dead_letter_expired and not queue.is_dead_letter_queue:
                     read = (messages or {}).get((row.queue_id, row.order))
                     if read is not None:
-                        core.expire(queue._from_store(read, stored))
+                        core.expire(from_store(queue, read, stored))
                 else:
                     _expire_unloaded(core, queue, row, stored)
     core.shared.read_ended()
@@ -192,6 +193,8 @@ def drop_queue(core: Core, queue: Queue, entries: Iterable[Entry]) -> None:
     page.clear()
     queue.stranded.clear()
     queue.tail = None
+    if queue.choosing is not None:
+        queue.choosing.cut(0)
     del core.queues[queue.queue_id]
     if queue.spooled:
         core.count_spooled(queue, -queue.spooled, -queue.spooled_size)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pybroker.consumer_options import PLAIN, ConsumerOptions
+from pybroker.core.choosing import joined
 from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
-from pybroker.core.queue import BACKLOG, DELETED, SUBSCRIPTION, Queue
+from pybroker.core.queue import BACKLOG, CONSUMED, DELETED, SUBSCRIPTION, Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.temporary import TemporaryQueue
-from pybroker.destination import QUEUE, TEMPORARY_KINDS, TOPIC, Destination, parse_destination
+from pybroker.destination import QUEUE, TEMPORARY_KINDS, TEMPORARY_TOPIC, Destination, parse_destination
 from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
 from pybroker.operations import DELETE_QUEUE
 from pybroker.selectors import compile_selector
@@ -45,13 +46,11 @@ def subscribe(
     elif prefetch < 1:
         raise SubscriptionError(f"prefetch must be at least 1, not {prefetch}")
     prefetch = min(prefetch, limits.prefetch_max)
-    _check_options(options)
     selector = options.selector
-    if selector:
-        compile_selector(selector, limits.selector_bytes_max)
+    matches = compile_selector(selector, limits.selector_bytes_max).matches if selector else None
     target = parse_destination(destination)
-    if selector and target.kind != TOPIC:
-        raise SubscriptionError(f"selectors are for topics: subscribe to {destination} without one")
+    if selector and target.kind == TEMPORARY_TOPIC:
+        raise SubscriptionError(f"selectors are not for temporary topics: subscribe to {destination} without one")
     if target.kind == QUEUE:
         if durable_name is not None:
             raise SubscriptionError(f"a durable subscription is for a topic; {destination} keeps its messages anyway")
@@ -67,16 +66,12 @@ def subscribe(
         core.route(queue)
     consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context, options)
     connection.consumers[consumer] = None
-    queue.consumers.add(consumer)
+    queue.consumers[consumer] = None
+    if queue.kind in CONSUMED:
+        consumer.matches = matches
+        joined(queue, consumer)
     core.links.joined(queue)
     return consumer
-
-
-def _check_options(options: ConsumerOptions) -> None:
-    if options.exclusive:
-        raise SubscriptionError("exclusive consumers are not supported: subscribe without")
-    if options.priority:
-        raise SubscriptionError("consumer priorities are not supported: subscribe without one")
 
 
 def start(core: Core, consumer: Consumer) -> None:
@@ -116,7 +111,9 @@ def unsubscribe(core: Core, consumer: Consumer) -> None:
     if consumer not in queue.consumers:
         return
     queue.unlist_consumer(consumer)
-    queue.consumers.discard(consumer)
+    del queue.consumers[consumer]
+    if queue.choosing is not None:
+        queue.choosing.leave(consumer)
     consumer.connection.consumers.pop(consumer, None)
     entries = list(consumer.unacked.values())
     consumer.unacked.clear()
