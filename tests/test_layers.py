@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster",),
     "run time": (
         *("alarm", "engine", "journal", "spool", "server", "listeners", "users", "stomp_server", "control"),
-        *("keeper", "mending", "replicated"),
+        *("keeper", "mending", "replicated", "committing", "scheduling"),
         "stomp_temporary",
         *("queue_pages", "stomp_browsing"),
         *("connections", "native_server", "native_sending", "native_outbox"),
@@ -58,6 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "cli_dead_letters",
             "dead_letter_work",
             "cli_queue",
+            "cli_schedule",
             "__main__",
             "",
         ),
@@ -93,6 +94,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
         "cli_policy.py",
         "cli_dead_letters.py",
         "cli_queue.py",
+        "cli_schedule.py",
     ),
     "rich": (
         "cli.py",
@@ -102,6 +104,7 @@ OUTSIDE: dict[str, tuple[str, ...]] = {
         "cli_policy.py",
         "cli_dead_letters.py",
         "cli_queue.py",
+        "cli_schedule.py",
     ),
 }
 

@@ -48,6 +48,7 @@ from pybroker.network_status import NetworkStatus, PeerStatus
 from pybroker.policies import DestinationPolicy
 from pybroker.remote_client import RemoteClient
 from pybroker.remote_events import ClientStatistics, ConnectionEvent
+from pybroker.scheduling import ScheduledMessage
 from pybroker.settings import load_config
 from pybroker.statistics import BrokerStatistics, DestinationStatistics
 from pybroker.subscription import ReceivedMessage, Subscription
@@ -93,6 +94,7 @@ __all__ = [
     "RemoteClient",
     "ReplicaSetConfig",
     "RequestTimeout",
+    "ScheduledMessage",
     "SendInDoubt",
     "SlowConsumer",
     "StompLimits",

@@ -33,6 +33,7 @@ from pybroker.policies import DestinationPolicy, Explained, Policies
 from pybroker.queue_pages import COPY, MOVE, PURGE, read_page
 from pybroker.queue_work import Moved, Progress, browse_command, move_all, move_command
 from pybroker.replicated import make_replicated
+from pybroker.scheduling import LIST_MAX, ScheduledMessage, cancel_schedule, schedules
 from pybroker.server import STOPPING, Server
 from pybroker.settings import make_config
 from pybroker.statistics import BrokerStatistics, queue_statistics
@@ -121,6 +122,7 @@ class Broker:
             expired_on_arrival=core.expired_on_arrival,
             unclaimed=core.temporaries.unclaimed,
             temporary_destinations=sum(len(each.temporaries) for each in core.connections),
+            scheduled=len(core.schedules),
             duplicates=core.duplicates,
             dropped=self._dropped,
             repaired=engine.mender.mended if engine.mender is not None else 0,
@@ -186,6 +188,20 @@ class Broker:
         for a peer that is not known, or linked.
         """
         return await remove_peer(self._running(), name)
+
+    async def schedules(
+        self, limit: int = LIST_MAX, after: ScheduledMessage | None = None
+    ) -> tuple[ScheduledMessage, ...]:
+        """Messages that are to be sent later, in order of time, as they are committed; `after`: those behind that one."""
+        place = None if after is None else (after.due_ms, int(after.schedule_id))
+        return await schedules(self._running(), limit, place)
+
+    async def cancel_schedule(self, schedule_id: str) -> None:
+        """Cancel a schedule: its message is not sent (again). Returns when that is committed.
+
+        Raises BrokerError when there is none of that id (any more), SendInDoubt when the broker ended meanwhile.
+        """
+        await cancel_schedule(self._running(), schedule_id)
 
     # ---- life
 
@@ -265,6 +281,8 @@ class Broker:
                 "queue-browse": self._queue_browse,
                 "queue-move": self._queue_move,
                 "dead-letters": self._dead_letters,
+                "schedule-list": self._schedule_list,
+                "schedule-cancel": self._schedule_cancel,
                 **self._keeper.commands(),
             }
             await nursery.start(ControlServer(self.config.data_dir, commands).run)
@@ -289,6 +307,18 @@ class Broker:
 
     async def _policy_show(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [each._asdict() for each in self.explain_policy(str(request.get("destination", "")))]
+
+    async def _schedule_list(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        limit, after = request.get("limit"), request.get("after")
+        if after is not None and not (isinstance(after, list) and [type(each) for each in after] == [int, int]):
+            raise BrokerError("`after` is [due, number] of a schedule, or null")
+        if type(limit) is not int or limit > LIST_MAX or (after and not all(0 <= each < 2**63 for each in after)):
+            raise BrokerError(f"a list has at most {LIST_MAX} schedules")
+        place = None if after is None else (after[0], after[1])
+        return [asdict(each) for each in await schedules(self._running(), limit, place)]
+
+    async def _schedule_cancel(self, request: Mapping[str, Any]) -> None:
+        await self.cancel_schedule(str(request.get("id", "")))
 
     @asynccontextmanager
     async def _serve_term(self, term: Term, nursery: trio.Nursery) -> AsyncIterator[None]:

@@ -22,6 +22,7 @@ from pybroker.cli_output import make_console
 from pybroker.cli_policy import policy
 from pybroker.cli_queue import browse, queue
 from pybroker.cli_replica import LEADER, check_flags, replica, replica_set_flags
+from pybroker.cli_schedule import schedule
 from pybroker.config import BrokerConfig
 from pybroker.control import ask
 from pybroker.errors import BrokerError
@@ -44,6 +45,7 @@ cli.add_command(replica)
 cli.add_command(network)
 cli.add_command(policy)
 cli.add_command(dlq)
+cli.add_command(schedule)
 cli.add_command(send)
 cli.add_command(receive)
 cli.add_command(browse)
@@ -144,7 +146,17 @@ def status(data_dir: Path, as_json: bool) -> None:
         print(json.dumps(answer, indent=2))
         return
     console = make_console()
-    for key in ("name", "role", "epoch", "lsn", "connections", "memory_bytes", "stored_bytes", "spooled_bytes"):
+    for key in (
+        "name",
+        "role",
+        "epoch",
+        "lsn",
+        "connections",
+        "memory_bytes",
+        "stored_bytes",
+        "spooled_bytes",
+        "scheduled",
+    ):
         console.print(f"{key}: {answer[key]}", highlight=False)
     for url in answer["listeners"]:
         console.print(f"listener: {url}", highlight=False)

@@ -25,7 +25,7 @@ from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest, Whole, read_whole
-from pybroker.core.schedules import ScheduleLookup, SchedulesRequest
+from pybroker.core.schedules import ScheduleList, ScheduleLookup, SchedulesRequest
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, CorruptRecord
 from pybroker.journal import Journal, LocalCommitter
 from pybroker.mending import Fetch, Mender, Pages
@@ -43,7 +43,7 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-Read = PageRequest | DueRequest | BrowseRequest | SchedulesRequest | ScheduleLookup
+Read = PageRequest | DueRequest | BrowseRequest | SchedulesRequest | ScheduleLookup | ScheduleList
 
 
 def random_life() -> str:
@@ -317,8 +317,10 @@ class Engine:
                 await self._read_due(request)
             elif isinstance(request, SchedulesRequest):
                 await self._read_schedules(request)
-            else:
+            elif isinstance(request, ScheduleLookup):
                 await self._look_up(request)
+            else:
+                await self._list_schedules(request)
             self.end_turn()
 
     async def _read_page(self, request: PageRequest) -> None:
@@ -389,6 +391,17 @@ class Engine:
         for record in found.corrupt:
             log.error("a scheduled message: %s; it stays in the store and is not sent", record)
         self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread)
+
+    async def _list_schedules(self, request: ScheduleList) -> None:
+        start, count_max = request.start, request.count_max
+        found = await self._in_reader(
+            lambda: self.store.read_schedules(start, count_max, self.config.limits.window_bytes_max)
+        )
+        bound = found.next_key
+        others = [each for each in self.core.schedules.in_memory() if not each.message.durable and each.key >= start]
+        rows = [*found.schedules, *(each for each in others if bound is None or each.key < bound)]
+        rows.sort(key=lambda each: each.key)
+        request.done(rows[:count_max], rows[count_max].key if len(rows) > count_max else bound)
 
     async def _look_up(self, lookup: ScheduleLookup) -> None:
         try:

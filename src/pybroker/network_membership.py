@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 
-import trio
-
 from pybroker.broker_network import BrokerNetwork, Randomness
 from pybroker.cluster.announcer import Announcer, listen_for_peers
 from pybroker.cluster.datagrams import Open
@@ -16,11 +14,10 @@ from pybroker.cluster.multicast import Multicast
 from pybroker.cluster.naming import network_discovery, network_group
 from pybroker.cluster.native_urls import SCHEMES
 from pybroker.cluster.peers import PeerTable
+from pybroker.committing import end_turn_committed
 from pybroker.config import BrokerConfig
-from pybroker.core.consumer import Consumer
-from pybroker.core.entry import Entry
 from pybroker.engine import Engine
-from pybroker.errors import BrokerError, ConfigurationError, SendInDoubt
+from pybroker.errors import ConfigurationError, SendInDoubt
 from pybroker.link_transport import Dial, make_dial
 from pybroker.network_status import NetworkStatus, network_status
 from pybroker.server import Server
@@ -149,37 +146,6 @@ async def remove_peer(engine: Engine, name: str) -> int:
     """
     core = engine.begin_turn()
     count = core.links.remove(name)
-    waiter = _Commit()
-    core.confirm((waiter, None))
-    engine.end_turn()
-    async with trio.open_nursery() as nursery:
-
-        async def give_up() -> None:
-            await engine.wait_ended()
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(give_up)
-        await waiter.done.wait()
-        nursery.cancel_scope.cancel()
-    if not waiter.done.is_set():
+    if not await end_turn_committed(engine):
         raise SendInDoubt(f"it is not known whether peer {name} was removed: the broker's store failed, or it stopped")
     return count
-
-
-class _Commit:
-    """A sink that only waits for its token."""
-
-    def __init__(self) -> None:
-        self.touched = False
-        self.done = trio.Event()
-
-    def confirm(self, token: object) -> None:
-        self.done.set()
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def fail(self, error: BrokerError) -> None: ...
-
-    def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None: ...

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import tzinfo
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pybroker.core.cron import next_time
 from pybroker.core.entry import ENTRY_BYTES
@@ -53,8 +53,22 @@ class ScheduleLookup:
 
     __slots__ = ("done", "number")
 
-    def __init__(self, number: int, done: Any) -> None:
+    def __init__(self, number: int, done: Callable[[bool], None]) -> None:
         self.number = number
+        self.done = done
+
+
+class ScheduleList:
+    """Read up to `count_max` schedules from `start` on in order of time, to be shown: stored ones as they are committed.
+
+    `done` is called with them, and with where the next ones start, None at the end.
+    """
+
+    __slots__ = ("count_max", "done", "start")
+
+    def __init__(self, start: Key, count_max: int, done: Callable[[list[Schedule], Key | None], None]) -> None:
+        self.start = start
+        self.count_max = count_max
         self.done = done
 
 

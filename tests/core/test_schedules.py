@@ -1,0 +1,305 @@
+"""Scheduled messages: what the headers may say, and the rules of time, room and repeats, each with its story."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pybroker.core.cron import next_time
+from pybroker.core.schedule_headers import TIME_MAX, Terms, take_terms
+from pybroker.core.schedules import ScheduleLookup
+from pybroker.errors import BrokerError, InvalidDestination, InvalidMessage, LimitExceeded
+from pybroker.message import Message, encode_headers
+from tests.core.bench import Bench
+
+MINUTE = 60_000
+DELAY, PERIOD, REPEAT, CRON = (f"AMQ_SCHEDULED_{name}" for name in ("DELAY", "PERIOD", "REPEAT", "CRON"))
+
+
+def plan(bench: Bench, body: bytes, to: str = "/queue/a", durable: bool = True, **headers: object) -> None:
+    block = encode_headers([(f"AMQ_SCHEDULED_{name.upper()}", str(value)) for name, value in headers.items()])
+    bench.core.send(Message(to, body, block, durable))
+    bench.end()
+
+
+def pass_time(bench: Bench, milliseconds: int) -> None:
+    """Let time pass, and send what is due."""
+    bench.driver.now += milliseconds
+    for _ in range(100):
+        more = bench.core.release_due(2)
+        bench.end()
+        bench.settle()
+        if not more and not bench.driver.core.schedules.changed:
+            return
+        bench.driver.core.schedules.changed = False
+
+
+# ---- what the headers say
+
+
+def test_the_headers_of_a_schedule_are_taken_away_and_others_stay():
+    block = encode_headers(
+        [("a", f"{DELAY}:5"), (DELAY, "10"), (REPEAT, "2"), (PERIOD, "3"), (DELAY, "99"), ("b", "c")]
+    )
+    assert take_terms(block) == (Terms(10, 3, 2, ""), encode_headers([("a", f"{DELAY}:5"), ("b", "c")]))
+    plain = encode_headers([("note", f"about {DELAY}")])
+    assert take_terms(plain) == (None, plain)
+
+
+WRONG: list[dict[str, str]] = [
+    *({DELAY: text} for text in ("-1", "1.5", "soon", "", " 5", "0x10", "1e3", "٣", str(TIME_MAX + 1), "9" * 400)),
+    {PERIOD: "-5"},
+    {PERIOD: "10", REPEAT: "-2"},
+    {PERIOD: "10", REPEAT: str(2**31)},
+    {REPEAT: "3"},
+    {DELAY: "3", REPEAT: "3"},
+    {"AMQ_SCHEDULED_DELEY": "5"},
+    *({CRON: text} for text in ("", " ", "* * * *", "* * * * * *", "61 * * * *", "a b c d e", "*/0 * * * *", "@daily")),
+    *(
+        {CRON: text}
+        for text in ("0 0 30 2 *", "1-* * * * *", "LW/2 * L/L * *", "* * L/2/2 * *", "*," * 200 + "* * * * *")
+    ),
+    {CRON: "* * * * *", PERIOD: "5"},
+    {CRON: "* * * * *", PERIOD: "5", REPEAT: "-1"},
+]
+
+
+@pytest.mark.parametrize("headers", WRONG, ids=str)
+def test_what_can_not_be_meant_is_refused(headers: dict[str, str]):
+    bench = Bench()
+    for send in (bench.core.send, bench.core.check):
+        with pytest.raises(InvalidMessage):
+            send(Message("/queue/a", b"", encode_headers(headers)))
+    bench.end()
+    assert not len(bench.core.schedules)
+    assert not bench.core.queues
+
+
+@given(st.text("0123456789*/,-LW# ", max_size=30), st.integers(0, 10**15))
+def test_no_expression_raises_anything_else(expression: str, after: int):
+    try:
+        found = next_time(expression, after, UTC)
+    except InvalidMessage:
+        return
+    assert found is None or found > after
+
+
+def test_cron_times_in_a_time_zone_with_its_changes_of_the_clock():
+    berlin = ZoneInfo("Europe/Berlin")
+
+    def at(text: str) -> int:
+        return int(datetime.fromisoformat(text).timestamp() * 1_000)
+
+    assert next_time("30 8 * * 1-5", at("2026-01-02T12:00+01:00"), berlin) == at("2026-01-05T08:30+01:00")
+    # 02:30 does not exist on that night: it is done at the first moment that does.
+    assert next_time("30 2 * * *", at("2026-03-28T12:00+01:00"), berlin) == at("2026-03-29T03:00+02:00")
+    assert next_time("* * * * *", at("2026-03-29T01:59+01:00"), berlin) == at("2026-03-29T03:00+02:00")
+    assert next_time("0 0 1 1 *", 10**17, UTC) is None, "beyond the calendar"
+
+
+# ---- when it comes
+
+
+def test_a_message_comes_when_it_is_due_with_an_id_of_its_own():
+    bench = Bench()
+    consumer = bench.subscribe("/queue/a")
+    plan(bench, b"later", delay=1_000)
+    plan(bench, b"period alone", period=500)
+    pass_time(bench, 499)
+    assert bench.bodies(consumer) == []
+    pass_time(bench, 1)
+    assert bench.bodies(consumer) == [b"period alone"]
+    pass_time(bench, 10_000)
+    assert bench.bodies(consumer) == [b"period alone", b"later"]
+    message = bench.entries(consumer)[1].message
+    assert message.headers == [("scheduledJobId", "1")]
+    assert message.timestamp == bench.driver.now
+
+
+def test_repeats_keep_to_their_rhythm_and_leave_out_what_was_missed():
+    bench = Bench()
+    consumer = bench.subscribe("/queue/a")
+    plan(bench, b"x", delay=100, period=1_000, repeat=3)
+    pass_time(bench, 100)
+    assert len(bench.bodies(consumer)) == 1
+    pass_time(bench, 5_500)  # at 5,600: those of 1,100 to 5,100 are late, and come once
+    assert len(bench.bodies(consumer)) == 2
+    pass_time(bench, 499)
+    assert len(bench.bodies(consumer)) == 2
+    pass_time(bench, 1)  # 6,100
+    assert len(bench.bodies(consumer)) == 3
+    pass_time(bench, 1_000)
+    pass_time(bench, 100_000)
+    assert len(bench.bodies(consumer)) == 4, "one, and three repeats"
+    assert not len(bench.core.schedules)
+
+
+def test_a_cron_time_begins_a_series():
+    """As ActiveMQ's documentation has it: each minute three messages, a second between them."""
+    bench = Bench()
+    bench.driver.now = 10 * MINUTE + 1
+    consumer = bench.subscribe("/queue/a")
+    plan(bench, b"x", cron="* * * * *", delay=1_000, period=1_000, repeat=2)
+    pass_time(bench, MINUTE - 1)  # 11:00
+    assert len(bench.bodies(consumer)) == 0
+    for count in (1, 2, 3, 3):
+        pass_time(bench, 1_000)
+        assert len(bench.bodies(consumer)) == count
+    pass_time(bench, MINUTE - 4_000)
+    pass_time(bench, 1_000)
+    assert len(bench.bodies(consumer)) == 4
+
+
+@pytest.mark.parametrize("back", [3_600_000, 1])
+def test_a_clock_that_is_put_back_sends_nothing_twice(back: int):
+    bench = Bench()
+    consumer = bench.subscribe("/queue/a")
+    for body in (b"1", b"2", b"3"):
+        plan(bench, body, delay=int(body) * 1_000)
+    plan(bench, b"cron", cron="* * * * *")
+    pass_time(bench, MINUTE)
+    assert sorted(bench.bodies(consumer)) == [b"1", b"2", b"3", b"cron"]
+    pass_time(bench, -back)
+    bench.crash()
+    consumer = bench.subscribe("/queue/a")
+    pass_time(bench, back)
+    assert len(bench.bodies(consumer)) == 4, "what was delivered before the crash, and nothing new"
+    assert {deliveries for _, deliveries in bench.seen(consumer)} == {1}
+
+
+def test_what_it_may_live_begins_when_it_is_sent():
+    bench = Bench()
+    consumer = bench.subscribe("/queue/a")
+    now = bench.driver.now
+    block = encode_headers([("expires", str(now + 50)), (DELAY, "1000")])
+    bench.core.send(Message("/queue/a", b"x", block, expires=now + 50))
+    bench.core.send(Message("/queue/a", b"too late", block, expires=now))
+    pass_time(bench, 1_000)
+    (entry,) = bench.entries(consumer)
+    assert entry.message.expires == now + 1_050
+    assert entry.message.header("expires") == str(now + 1_050)
+
+
+def test_a_transaction_schedules_when_it_commits():
+    bench = Bench()
+    consumer = bench.subscribe("/queue/a")
+    connection = bench.connect()
+    block = encode_headers([(DELAY, "1000")])
+    for name in ("done", "left"):
+        bench.core.begin(connection, name)
+        bench.core.send_later(connection, Message("/queue/a", name.encode(), block), name)
+    pass_time(bench, 5_000)
+    bench.core.commit(connection, "done")
+    bench.core.abort(connection, "left")
+    bench.end()
+    pass_time(bench, 999)
+    assert bench.bodies(consumer) == []
+    pass_time(bench, 1)
+    assert bench.bodies(consumer) == [b"done"]
+
+
+# ---- room
+
+
+def test_what_finds_no_room_waits_in_order_and_holds_up_nobody_else():
+    bench = Bench(queue_messages_max=1)
+    for body in (b"1", b"2", b"3"):
+        plan(bench, body, delay=10)
+    plan(bench, b"other", "/queue/b", delay=20)
+    pass_time(bench, 100)
+    assert bench.queue("/queue/a").depth == 1
+    assert bench.queue("/queue/b").depth == 1
+    bench.crash()
+    consumer = bench.subscribe("/queue/a", prefetch=1)
+    for body in (b"1", b"2", b"3"):
+        pass_time(bench, 0)
+        assert bench.bodies(consumer)[-1] == body
+        bench.ack(consumer, body)
+    assert not len(bench.core.schedules)
+
+
+def test_a_store_that_is_full_of_schedules_gets_rid_of_them():
+    bench = Bench(store_bytes_max=100)
+    plan(bench, b"x" * 101, delay=10)
+    assert bench.core.full(Message("/queue/a", b"")) is not None
+    consumer = bench.subscribe("/queue/a")
+    pass_time(bench, 10)
+    assert len(bench.bodies(consumer)) == 1
+
+
+def test_limits():
+    bench = Bench(schedules_max=2, destinations_max=1)
+    plan(bench, b"1", delay=5)
+    plan(bench, b"2", "/queue/b", delay=5, durable=False)
+    with pytest.raises(LimitExceeded, match=r"limits\.schedules_max"):
+        plan(bench, b"3", delay=5)
+    with pytest.raises(InvalidDestination):
+        plan(bench, b"3", "/queue/*", delay=5)
+    connection = bench.connect()
+    assert bench.core.schedules.cancel(2)
+    bench.end()
+    bench.core.begin(connection, "x")
+    for body in (b"3", b"4"):
+        bench.core.send_later(connection, Message("/queue/a", body, encode_headers([(DELAY, "5")])), "x")
+    with pytest.raises(LimitExceeded):
+        bench.core.commit(connection, "x")
+    bench.end()
+    assert len(bench.core.schedules) == 1, "all of a transaction, or nothing"
+    plan(bench, b"5", "/queue/b", delay=6)
+    pass_time(bench, 10)  # there is room for one queue only
+    assert [schedule.message.body for schedule in bench.core.schedules.in_memory()] == [b"5"]
+
+
+# ---- memory, and cancelling
+
+
+def test_few_are_in_memory_and_any_can_be_cancelled():
+    bench = Bench(window_messages_max=4)
+    for number in range(20):
+        plan(bench, b"%d" % number, delay=100 - number)
+    bench.settle()
+    assert len(bench.core.schedules.in_memory()) <= 4
+    answers: list[tuple[int, bool]] = []
+    for number in (1, 1, 20, 12, 99):  # the first one is due last
+        schedules = bench.core.schedules
+        if schedules.cancel(number):
+            answers.append((number, True))
+        else:
+            schedules.look_up(ScheduleLookup(number, lambda done, number=number: answers.append((number, done))))
+        bench.end()
+    bench.settle()
+    assert sorted(answers) == [(1, False), (1, True), (12, True), (20, True), (99, False)]
+    bench.crash()
+    bench.settle()
+    consumer = bench.subscribe("/queue/a")
+    pass_time(bench, 200)
+    assert bench.bodies(consumer) == [b"%d" % number for number in range(18, 0, -1) if number != 11]
+
+
+def test_nothing_of_a_schedule_is_left_in_the_store():
+    bench = Bench()
+    plan(bench, b"x", delay=5, period=5, repeat=1)
+    pass_time(bench, 5)
+    pass_time(bench, 5)
+    keys = [key.hex() for key, _ in bench.driver.backend.iterate(b"\x51", b"\x60")]
+    assert keys == []
+
+
+def test_an_unknown_error_of_sending_keeps_the_schedule(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench()
+    plan(bench, b"x", delay=5)
+    bench.settle()
+
+    def refuse(message: Message) -> bool:
+        raise BrokerError("no")
+
+    monkeypatch.setattr(bench.driver.core, "send", refuse)
+    pass_time(bench, 10)
+    monkeypatch.undo()
+    consumer = bench.subscribe("/queue/a")
+    pass_time(bench, 0)
+    assert bench.bodies(consumer) == [b"x"]
