@@ -26,6 +26,7 @@ from benchmarks import (
     network,
     replication,
     report,
+    schedules,
     throughput,
 )
 from benchmarks.processes import KINDS, raise_file_limit
@@ -43,6 +44,7 @@ CASES: dict[str, Case] = {
     "replication": replication.run,
     "native": native.run,
     "network": network.run,
+    "schedules": schedules.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0
