@@ -165,8 +165,7 @@ class Schedules:
             message.message_id = core.new_message_id()
         message.timestamp = core.now
         if message.expires and message.expires <= core.now:
-            core.expired_on_arrival += 1
-            return False
+            return core.expire_on_arrival(message)
         self._schedule(message, terms, block)
         return message.durable
 
@@ -427,8 +426,8 @@ class Schedules:
             return True
         if successor is not None:
             return core.full(successor.message) is not None
-        queue = core.by_destination.get(schedule.message.destination)
-        return bool(limits.queue_messages_max and queue is not None and queue.depth >= limits.queue_messages_max)
+        limit = limits.queue_messages_max
+        return bool(limit) and core.routing.depth(schedule.message) >= limit
 
     # ---- schedules go
 
