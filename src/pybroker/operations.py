@@ -78,7 +78,7 @@ class ProducerRecord:
     producer_id  unique, and hard to guess: made by the producer
     ranges       the sequences that were stored: first, last, first, last, ..., rising, with gaps between them
     floor        of sequences below it nobody knows any more whether they were stored
-    last_used    milliseconds since the Unix epoch
+    last_used    milliseconds since the Unix epoch; of a message key ("key " and a digest): when it is to be forgotten
     """
 
     producer_id: str

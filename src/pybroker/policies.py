@@ -96,6 +96,12 @@ class DestinationPolicy:
         check=dead_letter_fault,
     )
     dead_letter_expired: bool = value(False, "yes or no", "whether a message that expires is a dead letter, too")
+    message_key_window: float = value(
+        3_600.0,
+        "seconds",
+        "a send whose `message-key` was seen within this time is not stored again; 0 = it is",
+        high=31_536_000,
+    )
     dead_letter_transient: bool = value(True, "yes or no", "whether a dead letter that is not durable is kept")
 
 

@@ -59,3 +59,17 @@ async def test_forwarding_virtual_topics_and_mirrors(autojump_clock: MockClock, 
                 await message.ack()
         async with client.subscribe("/queue/orders") as messages:
             assert await nothing_comes(messages)
+
+
+async def test_a_send_with_a_key_that_was_seen_is_confirmed_and_not_stored(
+    autojump_clock: MockClock, world: World
+) -> None:
+    async with world.client() as client:
+        for number in range(3):
+            await client.send("/queue/q", b"%d" % number, {"message-key": "a" if number < 2 else "b"})
+        async with client.transaction() as transaction:
+            await transaction.send("/queue/q", b"3", {"message-key": "a"})
+            await transaction.send("/queue/q", b"4")
+        async with client.subscribe("/queue/q") as messages:
+            assert await bodies(messages, 3) == [0, 2, 4]
+            assert await nothing_comes(messages)

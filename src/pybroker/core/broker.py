@@ -36,6 +36,8 @@ from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
 from pybroker.core.links import Links
+from pybroker.core.message_keys import MARK, MessageKeys
+from pybroker.core.message_keys import PREFIX as KEY
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.publishing import Topic
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
@@ -130,7 +132,9 @@ class Core:
         self.dirty: list[Queue | Producer | Schedules] = []  # those whose record in the store is out of date
         self.group_names = 0  # message groups that have an owner, by name
         self.duplicates = 0  # sends that were stored before, and were not stored again
-        self.producers = Producers(self, producers)
+        producers = list(producers)
+        self.producers = Producers(self, (each for each in producers if not each.producer_id.startswith(KEY)))
+        self.message_keys = MessageKeys(self, (each for each in producers if each.producer_id.startswith(KEY)))
         self.by_destination: dict[str, Queue] = {}
         self.subscriptions: dict[tuple[str, str], Queue] = {}
         self._topics: dict[str, Topic] = {}
@@ -321,8 +325,12 @@ class Core:
         """Take a new message; True when the store will keep it. Raises InvalidDestination, InvalidMessage, LimitExceeded."""
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
-        if PREFIX in message.header_block and (stored := self.schedules.take(message)) is not None:
-            return stored
+        block = message.header_block
+        if block:
+            if MARK in block and (stored := self.message_keys.take(message)) is not None:
+                return stored
+            if PREFIX in block and (stored := self.schedules.take(message)) is not None:
+                return stored
         text = message.destination
         target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)
         if not message.message_id:  # a producer may have given it one

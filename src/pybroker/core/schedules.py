@@ -387,7 +387,7 @@ class Schedules:
             elif self._no_room(schedule, successor):
                 return False
             else:
-                core.send(_message(schedule, core.now))
+                core.message_keys.send_anyway(_message(schedule, core.now))
                 self.sent += 1
         except BrokerError:  # too many destinations, or the like: it is tried again
             return False

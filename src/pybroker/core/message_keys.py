@@ -1,0 +1,101 @@
+"""Message keys: a send with a key that its destination has seen within the window is confirmed, and not stored again.
+
+A part of `Core`. A key is remembered in the batch that stores its message, as the record of a producer whose id is made of the
+destination and the key: so it is there after a restart and a failover as surely as the message is. Beyond
+`limits.message_keys_max` the oldest go first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha256
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from pybroker.destination import parse_destination
+from pybroker.errors import BrokerError
+from pybroker.message import Message
+from pybroker.operations import DELETE_PRODUCER, PUT_PRODUCER, ProducerRecord
+
+if TYPE_CHECKING:
+    from pybroker.core.broker import Core
+
+HEADER = "message-key"
+MARK = HEADER.encode()
+PREFIX = "key "  # ids of their records begin so; those of clients have no space
+SWEEP_MAX = 1_000  # keys that one sweep, or one send, forgets
+
+
+class MessageKeys:
+    """The keys that are remembered. The records have in `last_used` when they are to be forgotten."""
+
+    def __init__(self, core: Core, records: Iterable[ProducerRecord]) -> None:
+        self._core = core
+        self._until: dict[str, int] = {}  # by record's id, the oldest first: milliseconds since the Unix epoch
+        self._due: list[tuple[int, str]] = []  # a heap; those forgotten or renewed meanwhile are passed over
+        self._passing = False  # what is sent now was looked at
+        for record in sorted(records, key=lambda record: (record.last_used, record.producer_id)):
+            self._until[record.producer_id] = record.last_used
+            self._due.append((record.last_used, record.producer_id))
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def take(self, message: Message) -> bool | None:
+        """`Core.send` for a message that may have a key; None, and nothing done, when it has none."""
+        key = None if self._passing else message.header(HEADER)
+        window = self._window(message) if key else 0
+        if not window:
+            return None
+        core = self._core
+        record_id = PREFIX + sha256(f"{message.destination}\n{key}".encode()).hexdigest()[:32]
+        if self._until.get(record_id, -1) > core.now:
+            core.duplicates += 1
+            if not message.message_id:
+                message.message_id = core.new_message_id()
+            return message.durable  # to be confirmed no sooner than the earlier one is
+        stored = self.send_anyway(message)
+        self._remember(record_id, core.now + window, message.durable)
+        return stored
+
+    def send_anyway(self, message: Message) -> bool:
+        """`Core.send` for a message whose key was looked at before, or is to be passed over."""
+        passing, self._passing = self._passing, True
+        try:
+            return self._core.send(message)
+        finally:
+            self._passing = passing
+
+    def _window(self, message: Message) -> int:
+        """Milliseconds for which a key of a message's destination is remembered; of a composite the first one counts."""
+        core = self._core
+        try:
+            target = parse_destination(core.routing.parse(message.destination)[0])
+        except BrokerError:  # it is refused when it is sent
+            return 0
+        return int(core.policies.of(target).message_key_window * 1_000)
+
+    def _remember(self, record_id: str, until: int, durable: bool) -> None:
+        core = self._core
+        self.sweep()
+        self._until.pop(record_id, None)
+        while len(self._until) >= self._core.limits.message_keys_max:
+            self._forget(next(iter(self._until)))
+        self._until[record_id] = until
+        heappush(self._due, (until, record_id))
+        if durable:
+            core.operations.append((PUT_PRODUCER, ProducerRecord(record_id, (0, 0), last_used=until)))
+
+    def _forget(self, record_id: str) -> None:
+        del self._until[record_id]
+        self._core.operations.append((DELETE_PRODUCER, record_id))
+
+    def sweep(self) -> None:
+        """Forget what is past its window."""
+        due = self._due
+        for _ in range(SWEEP_MAX):
+            if not due or due[0][0] > self._core.now:
+                return
+            until, record_id = heappop(due)
+            if self._until.get(record_id) == until:
+                self._forget(record_id)
