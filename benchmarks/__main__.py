@@ -27,6 +27,7 @@ from benchmarks import (
     replication,
     report,
     schedules,
+    selectors,
     throughput,
 )
 from benchmarks.processes import KINDS, raise_file_limit
@@ -45,6 +46,7 @@ CASES: dict[str, Case] = {
     "native": native.run,
     "network": network.run,
     "schedules": schedules.run,
+    "selectors": selectors.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0

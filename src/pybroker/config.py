@@ -63,7 +63,7 @@ class Limits:
     store_bytes_max: int = 0  # bytes of all stored messages; 0 = until the disk is full
     disk_free_bytes_min: int = 64 * 1024 * 1024  # with less room than this on the store's disk producers wait
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
-    selector_bytes_max: int = 4_096  # one selector
+    selector_bytes_max: int = 2_048  # one selector
     destinations_max: int = 100_000  # queues and durable subscriptions together
     schedules_max: int = 10_000_000  # messages that are to be sent later
     message_keys_max: int = 100_000  # keys of sends that are remembered; the oldest go first

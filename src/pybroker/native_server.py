@@ -223,6 +223,12 @@ class NativeConnection:
                 elif isinstance(event, Credit):
                     self._set_prefetch(core, event)
                 elif isinstance(event, Subscribe):
+                    if event.options:
+                        engine.end_turn()  # reading a selector takes as long as many messages
+                        await trio.lowlevel.checkpoint()
+                        if self._ended:
+                            return False
+                        core = engine.begin_turn()
                     self._answer(core, event.request, self._subscribe, event)
                 elif isinstance(event, Unsubscribe):
                     self._answer(core, event.request, self._unsubscribe, event)

@@ -240,6 +240,12 @@ class StompConnection:
                         engine.end_turn()
                         await self._wait_taken(event)  # type: ignore[arg-type]
                         core = engine.begin_turn()
+                    elif kind is Subscribe and event.options.selector:  # type: ignore[attr-defined]
+                        engine.end_turn()  # reading a selector takes as long as many messages
+                        await trio.lowlevel.checkpoint()
+                        if self._ended:
+                            return False
+                        core = engine.begin_turn()
                     self._command(core, event)
                 if kind is Disconnect:
                     self._end_after(self._session.receipt_frame(receipt) if receipt is not None else b"")

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from pybroker.client import Client
+from pybroker.core import subscriptions
 from pybroker.errors import InvalidSelector, SubscriptionError
 from tests.client.conftest import World
 from tests.client.support import bodies, nothing_comes
@@ -81,3 +83,38 @@ async def test_a_selector_that_is_too_long_is_refused(autojump_clock: MockClock,
         with pytest.raises(InvalidSelector, match=r"23 bytes, and limits\.selector_bytes_max is 20"):
             async with client.subscribe(TOPIC, selector="ward = 3 AND kind = 'x'"):
                 raise AssertionError
+
+
+async def test_others_have_their_turn_between_two_selectors(
+    autojump_clock: MockClock, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading one takes as long as many messages: a read full of SUBSCRIBE frames is no single turn."""
+    seen = []
+    compile_selector = subscriptions.compile_selector
+
+    def noted(text: str, bytes_max: int) -> object:
+        seen.append(text)
+        return compile_selector(text, bytes_max)
+
+    async def subscribe(client: Client, number: int) -> None:
+        async with client.subscribe(f"/topic/{number}", selector=f"a = {number}"):
+            opened.append(number)
+
+    async def turns() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            seen.append("")
+
+    if world.kind == "local":
+        pytest.skip("each subscription is a turn of its own")
+    monkeypatch.setattr(subscriptions, "compile_selector", noted)
+    opened: list[int] = []
+    async with world.client() as client, trio.open_nursery() as nursery:
+        nursery.start_soon(turns)
+        async with trio.open_nursery() as subscribers:
+            for number in range(20):
+                subscribers.start_soon(subscribe, client, number)
+        nursery.cancel_scope.cancel()
+    assert len(opened) == 20
+    rows = "".join("s" if text else "." for text in seen)
+    assert "sss" not in rows, rows  # two may be neighbours: tasks run in any order within a round of the scheduler

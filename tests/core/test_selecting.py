@@ -93,8 +93,8 @@ def test_a_wrong_selector_makes_no_subscription() -> None:
     bench = Bench()
     with pytest.raises(InvalidSelector, match="column 8: the selector ends"):
         subscribe(bench, "ward = ", **OWNER)
-    with pytest.raises(InvalidSelector, match="selector_bytes_max is 4096"):
-        subscribe(bench, "a = '" + "x" * 4_096 + "'", **OWNER)
+    with pytest.raises(InvalidSelector, match="selector_bytes_max is 2048"):
+        subscribe(bench, "a = '" + "x" * 2_048 + "'", **OWNER)
     assert not bench.core.subscriptions
     assert not bench.core.queues
 
