@@ -67,6 +67,27 @@ async def test_a_durable_subscription_keeps_its_selector(autojump_clock: MockClo
             assert await bodies(messages, 1) == [2]
 
 
+async def test_a_consumer_of_a_queue_gets_what_it_selects(autojump_clock: MockClock, world: World) -> None:
+    queue = "/queue/q"
+    async with world.client() as client, world.client() as other:
+        for number, ward in enumerate("4434"):
+            await publish(client, number, ward, to=queue)
+        async with client.subscribe(queue, selector=WARD_3) as selective:
+            assert await bodies(selective, 1) == [2]
+            assert await nothing_comes(selective)
+            await publish(client, 4, "3", to=queue)
+            assert await bodies(selective, 1) == [4]
+        async with other.subscribe(queue) as everything:
+            assert await bodies(everything, 3) == [0, 1, 3]
+
+
+async def test_a_wrong_selector_of_a_queue_is_refused(autojump_clock: MockClock, world: World) -> None:
+    async with world.client() as client:
+        with pytest.raises(InvalidSelector, match="column 10: the selector ends"):
+            async with client.subscribe("/queue/q", selector="ward IN ("):
+                raise AssertionError
+
+
 @pytest.mark.parametrize("durable_name", [None, "d"])
 async def test_a_wrong_selector_is_refused(autojump_clock: MockClock, world: World, durable_name: str | None) -> None:
     async with world.client("me") as client:

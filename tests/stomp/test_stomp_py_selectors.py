@@ -43,6 +43,19 @@ def test_a_durable_subscription(broker: ServedBroker, name: str, version: str):
 
 
 @every_version
+def test_a_queue(broker: ServedBroker, name: str, version: str):
+    queue = f"/queue/{name}"
+    with program(broker.port, version) as one, program(broker.port, version) as other:
+        for number in range(20):
+            one.send(queue, str(number), number=str(number))
+        one.subscribe(queue, selector="number / 5 * 5 = number OR number > 18")
+        assert one.bodies(5) == [b"0", b"5", b"10", b"15", b"19"]
+        one.disconnect()
+        other.subscribe(queue)
+        assert other.bodies(15) == [b"%d" % number for number in range(19) if number % 5]
+
+
+@every_version
 def test_a_wrong_selector(broker: ServedBroker, name: str, version: str):
     with program(broker.port, version) as one:
         one.connection.subscribe(f"/topic/{name}", id="1", headers={"selector": "ward BETWEEN 1 OR 5"})

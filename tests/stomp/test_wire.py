@@ -89,7 +89,7 @@ BAD_FRAMES = {
     "subscription without id": frame("SUBSCRIBE", "receipt:r", "destination:/queue/a"),
     "ack mode": frame("SUBSCRIBE", "receipt:r", "id:1", "destination:/queue/a", "ack:sometimes"),
     "prefetch": frame("SUBSCRIBE", "receipt:r", "id:1", "destination:/queue/a", "activemq.prefetchSize:0"),
-    "selector": frame("SUBSCRIBE", "receipt:r", "id:1", "destination:/queue/a", "selector:a = 1"),
+    "selector": frame("SUBSCRIBE", "receipt:r", "id:1", "destination:/queue/a", "selector:a = = 1"),
     "unknown subscription": frame("UNSUBSCRIBE", "receipt:r", "id:1"),
     "unknown delivery": frame("ACK", "receipt:r", "id:1-1"),
     "unknown delivery, of a strange form": frame("NACK", "receipt:r", "id:../../x"),
