@@ -75,6 +75,14 @@ def test_a_config_that_was_built_by_hand_is_checked_too():
         ({"name": 5}, "name: expected text, got 5"),
         ({"name": ""}, "name: expected 1 to 255 printable characters, got ''"),
         ({"data_dir": 5}, "data_dir: expected a path, got 5"),
+        *(
+            (
+                {"delivery": {"cron_timezone": name}},
+                'delivery.cron_timezone: expected the name of a time zone, for example "Europe/Berlin", got '
+                + repr(name),
+            )
+            for name in ("Europe/Atlantis", "", "../../etc/passwd")
+        ),
         ({"data_dir": "a\0b"}, "data_dir: expected a path without a null character, got 'a\\x00b'"),
         ({"listen": "stomp://127.0.0.1:0"}, "listen: expected a list of texts, got 'stomp://127.0.0.1:0'"),
         ({"listen": ["stomp://127.0.0.1:0", 5]}, "listen[1]: expected text, got 5"),

@@ -430,7 +430,7 @@ class Engine:
         """Send what is due, when it is due. The wall clock may be changed at any time, so it is looked at again and again."""
         limits = self.config.limits
         interval = self.config.delivery.clock_check_interval
-        while True:
+        while not self.journal.closing:
             changed = self._schedules_changed = trio.Event()
             core = self.begin_turn()
             more = core.release_due(limits.turn_messages_max)

@@ -63,7 +63,7 @@ class Journal:
         self._writing: list[Any] | None = None  # the effects of the batch that is being written
         self._work = trio.Event()
         self._room = trio.Event()
-        self._closing = False
+        self.closing = False  # `run` is to return: nothing is to be added that somebody does not wait for
         self._ended = False
         self.open_bytes = 0  # bytes of the open batch's changes
         self.batches = 0
@@ -104,7 +104,7 @@ class Journal:
         """Commit batches until `close` was called and nothing is left. Raises what the store or the committer raises."""
         while True:
             if not self._open:
-                if self._closing:
+                if self.closing:
                     return
                 self._work = trio.Event()
                 await self._work.wait()
@@ -142,5 +142,5 @@ class Journal:
 
     def close(self) -> None:
         """Let `run` return when everything added so far is committed."""
-        self._closing = True
+        self.closing = True
         self._work.set()

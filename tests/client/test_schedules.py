@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import trio
 from trio.testing import MockClock
@@ -126,6 +128,14 @@ async def test_many_at_once_are_cancelled_once(autojump_clock: MockClock) -> Non
                     nursery.start_soon(cancel, str(number))
         assert sorted(done) == [str(number) for number in range(1, 10)]
         check_empty(broker)
+
+
+async def test_a_schedule_that_is_always_due_keeps_no_broker_from_stopping(autojump_clock: MockClock) -> None:
+    ticks = itertools.count(wall_clock_ms(), 5)
+    async with broker_on(Disk()) as broker, broker.connect() as client, client.subscribe(Q) as messages:
+        engine_of(broker).clock_ms = lambda: next(ticks)
+        await client.send(Q, b"1", after(0, period=1, repeat=-1))
+        assert await bodies(messages, 50) == [1] * 50
 
 
 # ---- the clock
