@@ -105,6 +105,7 @@ class Client(ABC):
         selector: str = "",
         exclusive: bool = False,
         priority: int = 0,
+        retroactive: bool = False,
     ) -> Subscription:
         """A subscription, to be used as an async context manager and then iterated.
 
@@ -115,6 +116,7 @@ class Client(ABC):
         selector       only messages that it is true for; "" = all
         exclusive      of the exclusive consumers of a queue one gets everything
         priority       -128 to 127: consumers with a higher one are served first, while they have credit
+        retroactive    a new subscription of a topic gets first what the topic has kept, as the policy `recovery_messages` says
         """
 
     @abstractmethod

@@ -74,6 +74,10 @@ class Limits:
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
     turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn
+    recovery_bytes_max: int = (
+        64 * 1024 * 1024
+    )  # bytes that all topics together keep for late subscribers, with 512 for each message
+    recovery_topics_max: int = 100_000  # topics that keep something
     browse_messages_max: int = 256  # messages of one page of a browser, and of one step of a purge, move or copy
     browse_bytes_max: int = 1024 * 1024  # bytes of these (one message always may)
     browse_pages_max: int = 8  # pages that one connection may wait for at a time

@@ -17,11 +17,13 @@ class ConsumerOptions:
     selector   only messages that it is true for; "" = all
     exclusive  of the exclusive consumers of a queue one gets everything
     priority   consumers with a higher one are served first, while they have credit
+    retroactive  a new subscription of a topic gets first what the topic has kept, as its policy says
     """
 
     selector: str = ""
     exclusive: bool = False
     priority: int = 0
+    retroactive: bool = False
 
     def __post_init__(self) -> None:
         if not CONSUMER_PRIORITY_MIN <= self.priority <= CONSUMER_PRIORITY_MAX:

@@ -132,9 +132,10 @@ class LocalClient(Client):
         selector: str = "",
         exclusive: bool = False,
         priority: int = 0,
+        retroactive: bool = False,
     ) -> LocalSubscription:
         return LocalSubscription(
-            self, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
+            self, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority, retroactive)
         )
 
     def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:

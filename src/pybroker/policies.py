@@ -103,6 +103,20 @@ class DestinationPolicy:
         high=31_536_000,
     )
     dead_letter_transient: bool = value(True, "yes or no", "whether a dead letter that is not durable is kept")
+    recovery_messages: int = value(
+        0,
+        "messages",
+        "a topic keeps so many of its last ones for late subscribers; 0 = no limit with recovery_seconds, else none",
+    )
+    recovery_seconds: float = value(
+        0.0, "seconds", "a topic keeps those of its last seconds for late subscribers; 0 = of any age", high=31_536_000
+    )
+    recovery_bytes: int = value(
+        6_553_600, "bytes", "of what a topic keeps, with 512 more for each; its last one it keeps in any case", low=1
+    )
+    recovery_always: bool = value(
+        False, "yes or no", "whether every late subscriber gets them, or who asks (retroactive)"
+    )
 
 
 VALUES: Mapping[str, Field[Any]] = MappingProxyType({each.name: each for each in fields(DestinationPolicy)})

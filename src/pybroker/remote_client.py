@@ -80,9 +80,15 @@ class RemoteClient(Client):
         selector: str = "",
         exclusive: bool = False,
         priority: int = 0,
+        retroactive: bool = False,
     ) -> RemoteSubscription:
         return RemoteSubscription(
-            self._lifeline, destination, ack, prefetch, durable_name, ConsumerOptions(selector, exclusive, priority)
+            self._lifeline,
+            destination,
+            ack,
+            prefetch,
+            durable_name,
+            ConsumerOptions(selector, exclusive, priority, retroactive),
         )
 
     def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:

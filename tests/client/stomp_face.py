@@ -148,8 +148,9 @@ class StompFace(Client):
         selector: str = "",
         exclusive: bool = False,
         priority: int = 0,
+        retroactive: bool = False,
     ) -> StompSubscription:
-        options = ConsumerOptions(selector, exclusive, priority)
+        options = ConsumerOptions(selector, exclusive, priority, retroactive)
         return StompSubscription(self, destination, ack, prefetch, durable_name, options)
 
     def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
@@ -307,6 +308,8 @@ class StompSubscription(Subscription):
             headers.append(("selector", self._options.selector))
         if self._options.exclusive:
             headers.append(("activemq.exclusive", "true"))
+        if self._options.retroactive:
+            headers.append(("activemq.retroactive", "true"))
         if self._options.priority:
             headers.append(("activemq.priority", str(self._options.priority)))
         headers += self.browser

@@ -116,3 +116,17 @@ async def test_a_browser_ends_with_its_broker(autojump_clock: MockClock) -> None
         with pytest.raises(BrokerError):
             await anext(broker.browse(Q))
         nursery.cancel_scope.cancel()
+
+
+async def test_a_late_subscriber_gets_what_its_topic_has_kept(autojump_clock: MockClock, world: World) -> None:
+    await world.start(policy=[{"match": "/topic/>", "recovery_messages": 3}])
+    async with world.client() as client:
+        for number in range(5):
+            await client.send("/topic/t", b"%d" % number)
+        async with client.subscribe("/topic/t", retroactive=True) as messages:
+            assert await bodies(messages, 3) == [2, 3, 4]
+            await client.send("/topic/t", b"5")
+            assert await bodies(messages, 1) == [5]
+            assert await nothing_comes(messages)
+        async with client.subscribe("/topic/t") as messages:
+            assert await nothing_comes(messages)

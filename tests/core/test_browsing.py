@@ -226,6 +226,51 @@ def test_what_was_consumed_while_a_page_was_read_is_not_moved_though_it_was_behi
     assert in_order(bench, "/queue/a") == []
 
 
+@pytest.mark.parametrize("shrunk", [True, False])
+def test_what_virtual_topics_share_is_shown_moved_and_purged_and_its_body_goes_with_the_last(shrunk: bool):
+    bench = Bench(**SMALL)
+    first, second = "/queue/Consumer.A.VirtualTopic.t", "/queue/Consumer.B.VirtualTopic.t"
+    for to in (first, second):
+        bench.leave(bench.subscribe(to))
+    bodies = [b"%d" % number for number in range(10)]
+    bench.send("/topic/VirtualTopic.t", *bodies)
+    if shrunk:
+        for to in (first, second):
+            bench.queue(to).shrink(1, 0)
+        bench.end()
+    bench.settle()
+    pages = browse_all(bench, first)
+    assert shown(pages) == bodies
+    assert {each.message.destination for page in pages for each in page.messages} == {first}
+    browse_all(bench, first, moving=bench.core.moving(first, "/queue/a"))
+    assert in_order(bench, "/queue/a") == bodies
+    browse_all(bench, second, moving=bench.core.moving(second, None))
+    bench.crash()
+    assert in_order(bench, "/queue/a") == bodies
+    browse_all(bench, "/queue/a", moving=bench.core.moving("/queue/a", None))
+    assert leftovers(bench.driver.store) == []
+    assert len(bench.core.shared) == 0
+
+
+def test_what_a_choosy_queue_has_passed_over_is_purged_too():
+    """What nobody takes is left to the store below the place to which the queue was read."""
+    bench = Bench(**SMALL)
+    consumer = bench.subscribe("/queue/a", prefetch=1)
+    for number in range(20):
+        bench.core.send(Message("/queue/a", b"%d" % number, b"JMSXGroupID:g\n"))
+    bench.end()
+    bench.settle()
+    other = bench.subscribe("/queue/a", prefetch=5)  # gets nothing: the group has an owner
+    bench.settle()
+    assert bench.bodies(other) == []
+    pages = browse_all(bench, "/queue/a", moving=bench.core.moving("/queue/a", None))
+    assert (sum(page.moved for page in pages), sum(page.outstanding for page in pages)) == (19, 1)
+    bench.ack(consumer, b"0")
+    bench.settle()
+    assert bench.queue("/queue/a").depth == 0
+    assert leftovers(bench.driver.store) == []
+
+
 class BrowsingMachine(RuleBasedStateMachine):
     """Two queues with producers, consumers, browsers and movers, and a crash at any step.
 

@@ -132,11 +132,21 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, Any]:
     return encode(*chosen), kind(*chosen)
 
 
-@given(st.builds(ConsumerOptions, selector=texts, exclusive=st.booleans(), priority=st.integers(-128, 127)))
+@given(
+    st.builds(
+        ConsumerOptions,
+        selector=texts,
+        exclusive=st.booleans(),
+        priority=st.integers(-128, 127),
+        retroactive=st.booleans(),
+    )
+)
 def test_a_consumers_options_come_out_as_they_went_in(chosen: ConsumerOptions) -> None:
     packed = wire.pack_options(chosen)
     assert wire.unpack_options(packed) == chosen
-    assert set(packed) == {name for name in ("selector", "exclusive", "priority") if getattr(chosen, name)}
+    assert set(packed) == {
+        name for name in ("selector", "exclusive", "priority", "retroactive") if getattr(chosen, name)
+    }
 
 
 @pytest.mark.parametrize(

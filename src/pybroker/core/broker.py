@@ -42,6 +42,7 @@ from pybroker.core.producers import Producer, Producers
 from pybroker.core.publishing import Topic
 from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
 from pybroker.core.reads import PageRequest
+from pybroker.core.recovery import Recovery
 from pybroker.core.redelivery import Redeliveries
 from pybroker.core.routing import Routing
 from pybroker.core.schedule_headers import PREFIX
@@ -103,6 +104,7 @@ class Core:
         self.limits = limits
         self.delivery = delivery
         self.policies = Policies(policies, limits, delivery)
+        self.recovery = Recovery(self)
         self.now = now  # milliseconds since the Unix epoch, set by the caller before each turn
         self.operations: list[Operation] = []
         self.spool_operations: list[Operation] = []
@@ -303,6 +305,7 @@ class Core:
                 self.links.origins_of(target),
                 routing.collecting(target),
                 routing.concerns(target),
+                self.recovery.policy_of(target),
             )
         return topic
 

@@ -156,6 +156,7 @@ def browse(
     if moving is not None:
         queue.removals = queue.removals or Removals()
         queue.removals.readers += 1
+        core.shared.read_began()
     core.held.append(request)
     return request.page
 
@@ -227,6 +228,7 @@ def browse_loaded(
         removals.readers -= 1
         if not removals.readers:
             queue.removals = None
+        core.shared.read_ended()
         if queue.available:
             queue.dispatch()
     core.confirm((request.sink, page))
@@ -247,6 +249,8 @@ def _take(core: Core, request: BrowseRequest, order: int, place: Place) -> bool:
     page = request.page
     entry, row, _ = place
     message = entry.message if entry is not None else row.message  # type: ignore[union-attr]
+    if row is not None and row.body_id:  # a virtual topic's, which stands in the body
+        message = message.moved_to(f"/queue/{queue.name}", expires=message.expires)
     if order & SEQUENCE_MASK >= request.cursor.stop or (message.expires and message.expires <= core.now):
         return True
     if request.matches is not None and not request.matches(message):
@@ -327,6 +331,6 @@ def _remove_ready(core: Core, queue: Queue, order: int, place: Place) -> bool:
         found = place[0]
         assert found is not None
         row = StoredEntry(order, found.message)
-    due = DueEntry(row.message.expires, queue.queue_id, order, row.message.size)
+    due = DueEntry(row.message.expires, queue.queue_id, order, row.message.size, row.body_id, row.references)
     forget_unloaded(core, queue, due, stored)
     return True

@@ -14,6 +14,7 @@ from pybroker.operations import PUT_BODY
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
     from pybroker.core.links import Peer
+    from pybroker.policies import DestinationPolicy
 
 
 class Topic:
@@ -23,13 +24,20 @@ class Topic:
     queues   those that collect what is sent here to a virtual topic
     spread   what is sent to it may go elsewhere, too
     choice   says which of the subscribers get a message; None: all
+    kept     the policy by which something is kept for late subscribers, or None
     """
 
-    __slots__ = ("choice", "durable", "origins", "queues", "spread", "subscribers")
+    __slots__ = ("choice", "durable", "kept", "origins", "queues", "spread", "subscribers")
 
     def __init__(
-        self, subscribers: list[Queue], origins: dict[str, Peer], queues: tuple[Queue, ...], spread: bool
+        self,
+        subscribers: list[Queue],
+        origins: dict[str, Peer],
+        queues: tuple[Queue, ...],
+        spread: bool,
+        kept: DestinationPolicy | None,
     ) -> None:
+        self.kept = kept
         self.subscribers = subscribers
         self.origins = origins
         self.durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
@@ -45,6 +53,8 @@ def publish(core: Core, message: Message, target: Destination) -> bool:
 
 def publish_to(core: Core, message: Message, topic: Topic) -> bool:
     """Give a message to a topic: here, and to brokers elsewhere. True when the store will keep it."""
+    if topic.kept is not None:
+        core.recovery.keep(message, topic.kept)
     if topic.origins:
         core.links.publish(message, topic.origins, topic.origins)
     if not topic.subscribers and not topic.queues:
@@ -61,6 +71,8 @@ def publish_for(core: Core, message: Message, targets: tuple[str, ...]) -> None:
         core.links.publish(message, target.origins, further)
     if len(further) < len(targets):
         message.route = None  # it has arrived
+        if target.kept is not None:
+            core.recovery.keep(message, target.kept)
         if target.subscribers:
             _publish_here(core, message, target)
         else:

@@ -60,10 +60,11 @@ def subscribe(
     elif target.kind in TEMPORARY_KINDS:
         queue = core.temporaries.queue_for(connection, target, durable_name)
     elif durable_name is not None:
-        queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name, selector)
+        queue = _durable_subscription(core, target, client_id or connection.client_id, durable_name, options)
     else:
         queue = core.new_queue(BACKLOG, target.name, selector=selector)
         core.route(queue)
+        core.recovery.recover(queue, options.retroactive)
     consumer = Consumer(connection, queue, ack_mode, prefetch, limits.prefetch_bytes_max, context, options)
     connection.consumers[consumer] = None
     queue.consumers[consumer] = None
@@ -80,7 +81,10 @@ def start(core: Core, consumer: Consumer) -> None:
     consumer.queue.dispatch()
 
 
-def _durable_subscription(core: Core, target: Destination, client_id: str, name: str, selector: str) -> Queue:
+def _durable_subscription(
+    core: Core, target: Destination, client_id: str, name: str, options: ConsumerOptions
+) -> Queue:
+    selector = options.selector
     if not client_id:
         raise SubscriptionError(f"durable subscription {name!r} needs a client id: give one when you connect")
     queue = core.subscriptions.get((client_id, name))
@@ -90,6 +94,7 @@ def _durable_subscription(core: Core, target: Destination, client_id: str, name:
         core.route(queue)
         core.touch(queue)
         core.links.subscribed(queue)
+        core.recovery.recover(queue, options.retroactive)
     elif queue.name != target.name:
         raise SubscriptionError(
             f"durable subscription {name!r} of client {client_id!r} is for /topic/{queue.name}: "

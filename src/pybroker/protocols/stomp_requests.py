@@ -7,7 +7,7 @@ It must never keep state. Follows "Client Frames" of STOMP 1.0, 1.1 and 1.2 (htt
   (or ``durable-subscription-name``) in SUBSCRIBE. As RabbitMQ has it: ``durable:true``, ``auto-delete:false`` and the
   subscription's ``id`` as its name, for topics only.
 * ``activemq.prefetchSize`` from 1; ``prefetch-count`` from 1, or 0 for no limit.
-* ``selector``, ``activemq.exclusive`` and ``activemq.priority``: see `ConsumerOptions`.
+* ``selector``, ``activemq.exclusive``, ``activemq.priority`` and ``activemq.retroactive``: see `ConsumerOptions`.
 * ``browser:true``, as ActiveMQ has it: the messages of a queue are shown, and stay.
 * ``producer-id`` and ``producer-sequence`` in COMMIT: see `stomp_numbered`.
 """
@@ -128,9 +128,10 @@ def _options(headers: Headers) -> ConsumerOptions:
     priority = first(headers, "activemq.priority") or "0"
     if not _PRIORITY.fullmatch(priority):
         raise ProtocolError(f"SUBSCRIBE header activemq.priority must be a whole number, not {shown(priority)}")
-    if not (selector or exclusive or int(priority)):
+    retroactive = first(headers, "activemq.retroactive") == "true"
+    if not (selector or exclusive or retroactive or int(priority)):
         return PLAIN
-    return ConsumerOptions(selector, exclusive, int(priority))
+    return ConsumerOptions(selector, exclusive, int(priority), retroactive)
 
 
 def _durable_name(headers: Headers) -> str | None:
