@@ -235,7 +235,7 @@ class Engine:
         error = self.core.full(message)
         if error is None:
             return
-        if limits.full_policy == "refuse":
+        if (error.full_policy or limits.full_policy) == "refuse":
             raise error
         with trio.move_on_after(limits.full_timeout):
             while self.error is None:

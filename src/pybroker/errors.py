@@ -94,6 +94,7 @@ class BrokerFull(BrokerError):
     """The broker has no room for the message: it was refused and is not stored."""
 
     code = "full"
+    full_policy = ""  # what a send meets where a destination has a policy of its own, "" = ``limits.full_policy``
 
 
 class SlowConsumer(BrokerError):

@@ -19,6 +19,8 @@ from pybroker.destination import QUEUE, Destination, matches, parse_destination
 from pybroker.errors import InvalidDestination
 
 DELIVERY = DeliveryPolicy()
+LIMITS = Limits()
+BLOCK, DROP_OLDEST, DROP_LOWEST_PRIORITY, DISCONNECT = "block", "drop_oldest", "drop_lowest_priority", "disconnect"
 NAME = "{name}"  # stands in a dead-letter queue for the name of where the message was
 REMEMBERED_MAX = 10_000  # destinations whose policy is remembered
 NUMBER_MAX = 2**53  # what a number may be at most: beyond it JSON and TOML readers disagree
@@ -101,6 +103,33 @@ class DestinationPolicy:
         "seconds",
         "a send whose `message-key` was seen within this time is not stored again; 0 = it is",
         high=31_536_000,
+    )
+    messages_max: int = value(
+        LIMITS.queue_messages_max,
+        "messages",
+        "messages in a queue, those with consumers included; 0 = no limit",
+        inherits="limits.queue_messages_max",
+    )
+    bytes_max: int = value(0, "bytes", "bytes of the messages in a queue that are on disk; 0 = no limit")
+    full_policy: str = value(
+        LIMITS.full_policy,
+        "word",
+        "what a send to a full queue meets: it waits, it is refused, or the oldest messages are dropped for it",
+        inherits="limits.full_policy",
+        choices=(BLOCK, "refuse", DROP_OLDEST),
+    )
+    pending_messages_max: int = value(
+        LIMITS.backlog_messages_max,
+        "messages",
+        "messages that wait for one plain subscriber of a topic",
+        inherits="limits.backlog_messages_max",
+        low=1,
+    )
+    slow_consumer: str = value(
+        DISCONNECT,
+        "word",
+        "what happens to a plain subscriber for which more wait",
+        choices=(DISCONNECT, DROP_OLDEST, DROP_LOWEST_PRIORITY, BLOCK),
     )
     dead_letter_transient: bool = value(True, "yes or no", "whether a dead letter that is not durable is kept")
     recovery_messages: int = value(

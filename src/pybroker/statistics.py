@@ -13,7 +13,7 @@ class DestinationStatistics:
 
     depth        messages in it, delivered and unacknowledged ones included; `stored` of them are on disk
     outstanding  delivered and not acknowledged; `delayed` of these wait for their redelivery, with nobody
-    dropped      messages that would have been dead letters, and have no queue by policy
+    dropped      messages that a policy dropped: for others, of a slow subscriber, or instead of making them dead letters
     corrupt      stored messages that could not be read, and so are not delivered
     forwarded    messages that went to other brokers of the network
     removed      messages that were purged, or moved to another queue, by an operator

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 from trio.testing import MockClock
 
 from pybroker.broker import Broker
+from pybroker.errors import BrokerFull
 from tests.client.conftest import World
-from tests.client.support import fill
+from tests.client.support import bodies, fill
 from tests.engine.support import engine_of
 
 Q = "/queue/q"
@@ -65,3 +67,21 @@ async def test_a_dead_letter_that_is_sent_back_is_a_message_as_before(autojump_c
             assert (again.body, again.header("a"), again.header("dead-letter-origin")) == (b"0", "1", None)
             assert not again.redelivered
             await again.ack()
+
+
+async def test_a_queue_has_a_limit_of_its_own_and_drops_its_oldest(autojump_clock: MockClock, world: World) -> None:
+    await started(world, policy=[{"match": Q, "messages_max": 2, "full_policy": "drop_oldest"}])
+    async with world.client() as client:
+        await fill(client, 5)
+        await fill(client, 5, "/queue/other")
+        async with client.subscribe(Q) as messages, client.subscribe("/queue/other") as others:
+            assert await bodies(messages, 2) == [3, 4]
+            assert await bodies(others, 5) == [0, 1, 2, 3, 4]
+
+
+async def test_a_queue_may_refuse_where_the_broker_waits(autojump_clock: MockClock, world: World) -> None:
+    await started(world, policy=[{"match": Q, "messages_max": 2, "full_policy": "refuse"}])
+    async with world.client() as client:
+        await fill(client, 2)
+        with pytest.raises(BrokerFull, match="messages_max is 2"):
+            await client.send(Q, b"2")

@@ -27,6 +27,7 @@ from pybroker.core import (
     producers,
     publishing,
     retiring,
+    room,
     schedules,
     settling,
     subscriptions,
@@ -53,7 +54,6 @@ from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import TEMPORARY_KINDS, Destination, parse_destination
 from pybroker.errors import (
     BrokerError,
-    BrokerFull,
     InvalidDestination,
     InvalidMessage,
     LimitExceeded,
@@ -105,6 +105,8 @@ class Core:
         self.delivery = delivery
         self.policies = Policies(policies, limits, delivery)
         self.recovery = Recovery(self)
+        self.limits_destinations = room.limits_destinations(self.policies)
+        self.blocks_topics = room.blocks_topics(self.policies)
         self.now = now  # milliseconds since the Unix epoch, set by the caller before each turn
         self.operations: list[Operation] = []
         self.spool_operations: list[Operation] = []
@@ -364,31 +366,13 @@ class Core:
 
     send_once = producers.send_once
 
-    @property
-    def crowded(self) -> bool:
-        """Whether `full` has to be asked for each message: to be looked at once a turn, which brings a bounded amount."""
-        limits = self.limits
-        return bool(
-            self.memory_bytes > limits.memory_bytes_max
-            or self.disk_full
-            or limits.queue_messages_max
-            or (limits.store_bytes_max and self.stored_bytes + self.spooled_bytes > limits.store_bytes_max)
-        )
+    # ---- room: see room.py
 
-    def full(self, message: Message) -> BrokerFull | None:
-        """Why there is no room for the message now, or None when there is. Makes room where it can."""
-        limits = self.limits
-        if self.disk_full:
-            return BrokerFull(self.disk_full)
-        if self.memory_bytes > limits.memory_bytes_max:
-            self.shrink()
-            if self.memory_bytes > limits.memory_bytes_max:
-                return _full("limits.memory_bytes_max", limits.memory_bytes_max)
-        if limits.store_bytes_max and self.stored_bytes + self.spooled_bytes > limits.store_bytes_max:
-            return _full("limits.store_bytes_max", limits.store_bytes_max)
-        if limits.queue_messages_max and self.routing.depth(message) >= limits.queue_messages_max:
-            return _full("limits.queue_messages_max", limits.queue_messages_max)
-        return None
+    crowded = property(room.crowded)
+    full = room.full
+    full_destinations = room.full_destinations
+    trim = staticmethod(room.trim)
+    trims = staticmethod(room.trims)
 
     def shrink(self) -> None:
         """Leave windows to the store and the spool until memory is a tenth below its limit; nobody's order changes."""
@@ -573,7 +557,3 @@ class Core:
 
 
 _RECORDS = {Queue: PUT_QUEUE, Producer: PUT_PRODUCER, Schedules: PUT_SCHEDULING}  # what is written for each of `dirty`
-
-
-def _full(limit: str, value: int) -> BrokerFull:
-    return BrokerFull(f"the broker has no room: {limit} is {value}; consume messages, or raise the limit")

@@ -23,7 +23,7 @@ class QueueCounts:
         self.acknowledged = 0
         self.redelivered = 0
         self.dead_lettered = 0
-        self.dropped = 0  # dead letters that a policy has no queue for
+        self.dropped = 0  # by a policy: for others, of a slow subscriber, or instead of making them dead letters
         self.expired = 0
         self.forwarded = 0
         self.removed = 0  # purged, or moved elsewhere

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pybroker.core.queue import SUBSCRIPTION, Queue
+from pybroker.core.room import overrun
 from pybroker.core.selecting import choice_of
 from pybroker.destination import Destination, parse_destination
-from pybroker.errors import SlowConsumer
 from pybroker.message import Message
 from pybroker.operations import PUT_BODY
 
@@ -95,18 +95,10 @@ def _publish_here(core: Core, message: Message, topic: Topic, queues: tuple[Queu
             queue.accept(message, shared if message.durable else None)
         else:
             queue.accept(message)
-            if queue.transient > core.limits.backlog_messages_max:
-                _overrun(core, queue)
+            if queue.transient > queue.policy.pending_messages_max:
+                overrun(core, queue)
     for queue in queues:
         queue.accept(message.moved_to(f"/queue/{queue.name}", expires=message.expires), shared)
     if shared is not None:
         core.shared.let_go(shared)
     return message.durable and references > 0
-
-
-def _overrun(core: Core, queue: Queue) -> None:
-    """A plain subscriber of a topic is too far behind: it is told so and closed, rather than silently losing some."""
-    limit = core.limits.backlog_messages_max
-    for consumer in queue.consumers:
-        text = f"subscription to /topic/{queue.name} is {limit} messages behind (limit limits.backlog_messages_max)"
-        core.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))

@@ -91,6 +91,7 @@ class Queue:
         "subscription",
         "tail",
         "transient",
+        "trims",
         "unread",
         "window",
     )
@@ -104,6 +105,7 @@ class Queue:
         self.subscription = record.subscription
         named = self.kind not in (LINK, TEMPORARY)
         self.policy = core.policies.of(self.destination) if named else core.policies.base
+        self.trims = core.trims(self)
         self.is_dead_letter_queue = self.kind == QUEUE and core.policies.is_dead_letter_queue(self.destination)
         if self.policy.dead_letter_expired and self.kind != LINK:
             core.expiring.add(self.queue_id)
@@ -217,6 +219,8 @@ class Queue:
             self._insert(entry)
             if self.available or self.routes is not None or self.choosing is not None:
                 self.dispatch()
+            if self.trims:
+                core.trim(self)
 
     def _count_earlier(self, entry: Entry, deliveries: int) -> None:
         """It was delivered elsewhere before it came here."""
@@ -563,6 +567,8 @@ class Queue:
             self.core.links.release(self)
         else:
             self.dispatch()
+            if self.trims:
+                self.core.trim(self)
 
     def empty(self) -> None:
         """Remove everything that is ready, page by page; with kind DELETED the queue itself goes in the end."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pybroker.config import CompositeEntry, RoutingConfig
 from pybroker.core.queue import Queue
 from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination
-from pybroker.errors import BrokerError, InvalidDestination, LimitExceeded
+from pybroker.errors import InvalidDestination, LimitExceeded
 from pybroker.message import Message
 from pybroker.selectors import compile_selector
 
@@ -110,15 +110,6 @@ class Routing:
             for text in self.destinations(message)
             if text.startswith("/queue/") and text not in self._core.by_destination
         }
-
-    def depth(self, message: Message) -> int:
-        """Messages in the deepest of the queues that would get a copy."""
-        try:
-            texts = self.destinations(message)
-        except BrokerError:  # it is refused when it is sent
-            return 0
-        queues = [self._core.by_destination.get(text) for text in texts]
-        return max((queue.depth for queue in queues if queue is not None), default=0)
 
     # ---- sending
 

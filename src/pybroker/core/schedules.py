@@ -426,8 +426,7 @@ class Schedules:
             return True
         if successor is not None:
             return core.full(successor.message) is not None
-        limit = limits.queue_messages_max
-        return bool(limit) and core.routing.depth(schedule.message) >= limit
+        return core.full_destinations(schedule.message) is not None
 
     # ---- schedules go
 

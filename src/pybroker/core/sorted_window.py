@@ -52,6 +52,11 @@ class SortedWindow:
             raise KeyError("the window is empty")
         return self._entries[self._orders[0]]
 
+    def last(self) -> Entry:
+        if not self._orders:
+            raise KeyError("the window is empty")
+        return self._entries[self._orders[-1]]
+
     def pop_first(self) -> Entry:
         entry = self.first()
         self.discard(entry.order)

@@ -61,6 +61,18 @@ class Window:
             return entry
         raise KeyError("the window is empty")
 
+    def last(self) -> Entry:
+        """The entry with the highest order; it stays. KeyError when there is none."""
+        if not self:
+            raise KeyError("the window is empty")
+        orders = [
+            *(() if not self._run else (next(reversed(self._run)),)),
+            *((max(self._early),) if self._early else ()),
+        ]
+        found = self.get(max(orders))
+        assert found is not None
+        return found
+
     def pop_first(self) -> Entry:
         """Take the entry with the lowest order; KeyError when there is none."""
         if self._early:

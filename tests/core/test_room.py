@@ -1,0 +1,159 @@
+"""`pybroker.core.room`: limits of single destinations, who waits for them, and what is dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pybroker.errors import BrokerFull, SlowConsumer
+from pybroker.message import Message
+from tests.core.bench import Bench
+
+A, T = "/queue/a", "/topic/t"
+
+
+def bench(match: str = A, window: int = 100, **values: Any) -> Bench:
+    return Bench(policy=({"match": match, **values},), window_messages_max=window)
+
+
+def full(b: Bench, to: str = A) -> BrokerFull | None:
+    error = b.core.full(Message(to, b"x"))
+    b.end()
+    return error
+
+
+# ---- queues
+
+
+@pytest.mark.parametrize("policy", ["block", "refuse"])
+def test_a_queue_with_a_limit_of_messages_takes_no_more_and_others_do(policy: str):
+    b = bench(messages_max=2, full_policy=policy)
+    assert b.core.crowded
+    b.send(A, b"1")
+    assert full(b) is None
+    b.send(A, b"2")
+    error = full(b)
+    assert error is not None
+    assert "/queue/a has no room: policy value messages_max is 2" in str(error)
+    assert error.full_policy == policy
+    assert full(b, "/queue/b") is None
+    consumer = b.subscribe(A)
+    b.settle()
+    assert full(b) is not None  # what is out is in the queue
+    b.ack(consumer, b"1")
+    assert full(b) is None
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_queue_with_a_limit_of_bytes(durable: bool):
+    b = bench(bytes_max=10, window=1)
+    b.send(A, b"1" * 6, durable=durable)
+    assert full(b) is None
+    b.send(A, b"2" * 6, durable=durable)
+    b.send(A, b"3" * 6, durable=durable)
+    assert "bytes_max is 10" in str(full(b))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 100])
+def test_the_oldest_messages_make_room_and_are_counted(durable: bool, window: int):
+    b = bench(messages_max=3, full_policy="drop_oldest", window=window)
+    for number in range(8):
+        b.send(A, b"%d" % number, durable=durable)
+        assert full(b) is None
+        b.settle()
+    assert (b.queue(A).depth, b.queue(A).counts.dropped) == (3, 5)
+    consumer = b.subscribe(A)
+    b.settle()
+    assert b.bodies(consumer) == [b"5", b"6", b"7"]
+    for body in b.bodies(consumer):
+        b.ack(consumer, body)
+    b.settle()
+    assert (b.core.memory_bytes, b.core.stored_bytes, b.core.spooled) == (0, 0, 0)
+
+
+def test_the_oldest_message_goes_first_whatever_its_priority_is():
+    b = bench(messages_max=3, full_policy="drop_oldest")
+    for body, priority in ((b"old", 0), (b"high", 9), (b"middle", 4), (b"new", 9)):
+        b.send(A, body, priority=priority)
+    consumer = b.subscribe(A)
+    b.settle()
+    assert b.bodies(consumer) == [b"high", b"new", b"middle"]
+
+
+def test_what_a_consumer_has_is_not_dropped():
+    b = bench(messages_max=2, full_policy="drop_oldest")
+    consumer = b.subscribe(A, prefetch=2)
+    b.send(A, *b"1 2 3 4".split())
+    b.settle()
+    assert b.bodies(consumer) == [b"1", b"2"]
+    assert (b.queue(A).depth, b.queue(A).counts.dropped) == (2, 2)
+    b.ack(consumer, b"1")
+    b.ack(consumer, b"2")
+    assert b.queue(A).depth == 0
+
+
+def test_a_crash_brings_back_what_was_kept():
+    b = bench(messages_max=2, full_policy="drop_oldest")
+    b.send(A, *b"1 2 3 4".split())
+    b.settle()
+    b.crash()
+    consumer = b.subscribe(A)
+    b.settle()
+    assert b.bodies(consumer) == [b"3", b"4"]
+
+
+# ---- plain subscribers of topics
+
+
+def slow(b: Bench, count: int = 6, **priorities: int) -> Any:
+    consumer = b.subscribe(T, prefetch=1)
+    for number in range(count):
+        b.send(T, b"%d" % number, durable=False, priority=priorities.get(f"p{number}", 4))
+        b.settle()
+    return consumer
+
+
+def drain(b: Bench, consumer: Any) -> list[bytes]:
+    found: list[bytes] = []
+    while len(b.bodies(consumer)) > len(found):
+        found = b.bodies(consumer)
+        b.ack(consumer, found[-1])
+        b.settle()
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 100])
+def test_a_slow_subscriber_loses_its_oldest_messages(window: int):
+    b = bench(T, window, pending_messages_max=3, slow_consumer="drop_oldest")
+    consumer = slow(b)
+    assert (consumer.queue.depth, consumer.queue.counts.dropped) == (3, 3)
+    assert drain(b, consumer) == [b"0", b"4", b"5"]
+    assert not b.eye.closed
+
+
+def test_a_slow_subscriber_loses_its_oldest_messages_of_the_lowest_priority():
+    b = bench(T, pending_messages_max=3, slow_consumer="drop_lowest_priority")
+    consumer = slow(b, p1=9, p2=2, p3=2, p4=5)
+    assert drain(b, consumer) == [b"0", b"1", b"4"]
+
+
+def test_a_slow_subscriber_is_disconnected_where_nothing_else_is_said():
+    b = bench(T, pending_messages_max=3)
+    slow(b)
+    (_, error), *_ = b.eye.closed
+    assert isinstance(error, SlowConsumer)
+    assert "3 messages behind (policy value pending_messages_max)" in str(error)
+
+
+def test_producers_wait_for_a_slow_subscriber():
+    b = bench(T, pending_messages_max=3, slow_consumer="block")
+    consumer = slow(b, 3)
+    error = full(b, T)
+    assert error is not None
+    assert (error.full_policy, "pending_messages_max is 3" in str(error)) == ("block", True)
+    assert full(b, "/topic/other") is None
+    b.ack(consumer, b"0")
+    assert full(b, T) is None
+    assert not b.eye.closed
