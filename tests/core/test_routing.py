@@ -14,6 +14,7 @@ from pybroker.message import Message
 from pybroker.operations import PUT_BODY
 from tests.core.bench import Bench
 from tests.core.promises import leftovers
+from tests.core.test_browsing import browse_all
 
 A, B, C = "/queue/a", "/queue/b", "/queue/c"
 X = "VirtualTopic.x"
@@ -287,3 +288,31 @@ def test_every_copy_and_none_twice(rules: tuple[dict[str, object], ...], names: 
     if "/topic/VirtualTopic.t" in kept:
         wanted[queue] += 1
     assert Counter(depths(bench)) == wanted
+
+
+def test_copies_of_a_virtual_topic_that_only_the_store_has_are_shown_moved_and_removed_as_their_queues():
+    bench = Bench(window_messages_max=2, policy=({"match": "/queue/>", "dead_letter_expired": True},))
+    one, two, three = (f"/queue/Consumer.{name}.{X}" for name in ("one", "two", "three"))
+    for name in (one, two, three):
+        bench.leave(bench.subscribe(name))
+    bench.send(f"/topic/{X}", *(b"%d" % number for number in range(6)), expires=bench.core.now + 1_000)
+    bench.settle()
+    bench.crash()
+    pages = browse_all(bench, one)
+    assert {each.message.destination for page in pages for each in page.messages} == {one}
+    browse_all(bench, one, moving=bench.core.moving(one, None))
+    browse_all(bench, two, moving=bench.core.moving(two, "/queue/a"))
+    assert depths(bench) == {three: 6, A: 6}
+    bench.driver.now += 1_000
+    for _ in range(3):
+        bench.core.sweep()
+        bench.end()
+        bench.settle()
+    letters = bench.subscribe("/queue/DLQ")
+    bench.settle()
+    origins = Counter(entry.message.header("dead-letter-origin") for entry in bench.entries(letters))
+    assert origins == {three: 6, A: 6}
+    for body in list(bench.bodies(letters)):
+        bench.ack(letters, body)
+    bench.settle()
+    assert leftovers(bench.driver.store) == []

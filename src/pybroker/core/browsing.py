@@ -18,6 +18,7 @@ from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pybroker.core.entry import STRANDED, Entry
+from pybroker.core.loading import message_of
 from pybroker.core.queue import Queue
 from pybroker.core.retiring import forget_unloaded
 from pybroker.destination import QUEUE, parse_destination
@@ -248,9 +249,7 @@ def _take(core: Core, request: BrowseRequest, order: int, place: Place) -> bool:
     queue = request.queue
     page = request.page
     entry, row, _ = place
-    message = entry.message if entry is not None else row.message  # type: ignore[union-attr]
-    if row is not None and row.body_id:  # a virtual topic's, which stands in the body
-        message = message.moved_to(f"/queue/{queue.name}", expires=message.expires)
+    message = entry.message if entry is not None else message_of(queue, row)  # type: ignore[arg-type]
     if order & SEQUENCE_MASK >= request.cursor.stop or (message.expires and message.expires <= core.now):
         return True
     if request.matches is not None and not request.matches(message):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pybroker.core.entry import Entry
 from pybroker.destination import QUEUE
+from pybroker.message import Message
 from pybroker.operations import StoredEntry
 
 if TYPE_CHECKING:
@@ -15,13 +16,19 @@ if TYPE_CHECKING:
 UNREAD_MAX = 4_096  # orders of unreadable messages that a queue remembers; behind that they are only counted
 
 
+def message_of(queue: Queue, row: StoredEntry) -> Message:
+    """A row's message as its queue has it: what a virtual topic's queues share has the topic as its destination."""
+    message = row.message
+    if row.body_id and queue.kind == QUEUE:
+        return message.moved_to(f"/queue/{queue.name}", expires=message.expires)
+    return message
+
+
 def from_store(queue: Queue, row: StoredEntry, stored: bool) -> Entry:
     """The entry of a row of the store, or else (`stored` False) of the spool; it stands in no collection yet."""
     core = queue.core
-    message = row.message
+    message = message_of(queue, row)
     shared = core.shared.loaded_from_store(row.body_id, row.references) if row.body_id else None
-    if shared is not None and queue.kind == QUEUE:  # a virtual topic's, which stands in the body
-        message = message.moved_to(f"/queue/{queue.name}", expires=message.expires)
     entry = Entry(message, row.order, queue, stored, shared)
     entry.spooled = not stored
     if row.deliveries is None:
