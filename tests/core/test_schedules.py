@@ -303,3 +303,47 @@ def test_an_unknown_error_of_sending_keeps_the_schedule(monkeypatch: pytest.Monk
     consumer = bench.subscribe("/queue/a")
     pass_time(bench, 0)
     assert bench.bodies(consumer) == [b"x"]
+
+
+def test_one_that_is_cancelled_while_its_page_is_read_does_not_come_back():
+    bench = Bench(window_messages_max=8)
+    for number in range(1, 21):
+        plan(bench, b"%d" % number, delay=10 * number)
+    bench.settle()
+    answers: list[bool] = []
+    bench.core.schedules.look_up(ScheduleLookup(9, answers.append))
+    bench.end()
+    bench.driver.now += 30
+    bench.core.release_due(10)  # few are left in memory: the next page is asked for, behind the lookup
+    bench.end()
+    bench.driver.commit()
+    page = bench.core.schedules.page
+    assert page is not None
+    while bench.core.schedules.page is page:  # read while what the lookup led to is not committed
+        bench.driver.step_read()
+    bench.end()
+    assert answers == [True]
+    assert 10 in {schedule.number for schedule in bench.core.schedules.in_memory()}
+    consumer = bench.subscribe("/queue/a")
+    pass_time(bench, 1_000)
+    assert bench.bodies(consumer) == [b"%d" % number for number in range(1, 21) if number != 9]
+
+
+def test_one_that_waits_for_room_is_not_read_again_after_the_clock_was_put_back():
+    bench = Bench(window_messages_max=2, queue_messages_max=1)
+    bench.send("/queue/a", b"first")
+    plan(bench, b"second", delay=10)
+    pass_time(bench, 10)
+    assert bench.driver.core.schedules.held_up == 1
+    bench.driver.now -= 1_000
+    for number in range(4):
+        plan(bench, b"%d" % number, f"/queue/{number}", delay=10 + number)
+    pass_time(bench, 990)
+    assert len(bench.core.schedules) == 1
+    consumer = bench.subscribe("/queue/a", prefetch=1)
+    bench.settle()
+    bench.ack(consumer, b"first")
+    pass_time(bench, 5_000)
+    bench.ack(consumer, b"second")
+    pass_time(bench, 5_000)
+    assert bench.bodies(consumer) == [b"first", b"second"]
