@@ -129,6 +129,16 @@ def test_a_full_queue_of_a_composite_makes_it_wait():
     assert bench.core.full(Message("/queue/a,..", b"")) is None  # the send says what is wrong
 
 
+def test_a_full_queue_of_a_virtual_topic_makes_its_producers_wait():
+    bench = Bench(queue_messages_max=1)
+    bench.subscribe(f"/queue/Consumer.one.{X}")
+    assert bench.core.full(Message(f"/topic/{X}", b"")) is None
+    bench.send(f"/topic/{X}", b"1")
+    assert bench.core.full(Message(f"/topic/{X}", b"")) is not None
+    assert bench.core.full(Message(f"/queue/a,/topic/{X}", b"")) is not None
+    assert bench.core.full(Message("/topic/VirtualTopic.y", b"")) is None
+
+
 # ---- from the configuration
 
 

@@ -68,7 +68,7 @@ def full(core: Core, message: Message) -> BrokerFull | None:
 def full_destinations(core: Core, message: Message) -> BrokerFull | None:
     """Why one of the destinations that get a copy of the message takes no more now, or None."""
     try:
-        names = core.routing.destinations(message)
+        names = core.routing.places(message)
     except BrokerError:  # it is refused when it is sent
         return None
     for name in names:

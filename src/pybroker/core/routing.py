@@ -111,6 +111,12 @@ class Routing:
             if text.startswith("/queue/") and text not in self._core.by_destination
         }
 
+    def places(self, message: Message) -> list[str]:
+        """The names that get a copy, and those of the queues that collect what is sent to them. Raises as `parse`."""
+        names = self.destinations(message)
+        topics = [name.removeprefix("/topic/") for name in names if name.startswith("/topic/")]
+        return names + [f"/queue/{queue.name}" for topic in topics for queue in self._collecting.get(topic, ())]
+
     # ---- sending
 
     def send(self, message: Message) -> bool:
