@@ -123,6 +123,7 @@ class Broker:
             unclaimed=core.temporaries.unclaimed,
             temporary_destinations=sum(len(each.temporaries) for each in core.connections),
             scheduled=len(core.schedules),
+            advisories_suppressed=core.advisories.suppressed,
             duplicates=core.duplicates,
             dropped=self._dropped,
             repaired=engine.mender.mended if engine.mender is not None else 0,

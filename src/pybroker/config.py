@@ -69,6 +69,9 @@ class Limits:
     message_keys_max: int = 100_000  # keys of sends that are remembered; the oldest go first
     composite_destinations_max: int = 64  # destinations that one send or subscription may name, divided by commas
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
+    advisories_per_second: int = (
+        100  # advisories on one topic; those beyond are counted, and the next one says how many
+    )
     temporary_destinations_max: int = 1_000  # temporary queues and topics of one connection
     groups_max: int = 100_000  # names of message groups that are remembered with their consumers; others share buckets
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets

@@ -235,6 +235,9 @@ class Engine:
         error = self.core.full(message)
         if error is None:
             return
+        if self.core.watched:
+            self.core.advisories.full(message, str(error))
+            self.end_turn()
         if (error.full_policy or limits.full_policy) == "refuse":
             raise error
         with trio.move_on_after(limits.full_timeout):

@@ -5,6 +5,7 @@ Everything goes through the same core and the same checks as over the wire.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ from pybroker.message import PRIORITY_DEFAULT, Message
 from pybroker.queue_pages import read_page
 from pybroker.requests import Requests
 from pybroker.subscription import ReceivedMessage
+
+_numbers = itertools.count(1)  # of the clients of this process
 
 
 class _Waiter:
@@ -76,7 +79,11 @@ class LocalClient(Client):
             raise BrokerError("this client is connected already: make another one with broker.connect()")
         await trio.lowlevel.checkpoint()  # first: nobody would end the connection if this were cancelled behind it
         self._engine = self._find_engine()
-        self._connection = self._engine.begin_turn().connect(self, self._client_id)
+        core = self._engine.begin_turn()
+        self._connection = core.connect(self, self._client_id)
+        store = self._engine.store
+        core.announce(self._connection, f"{store.store_id}-{store.starts:x}-local-{next(_numbers):x}")
+        self._engine.end_turn()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -106,6 +113,7 @@ class LocalClient(Client):
         message = make_message(destination, body, headers, durable, priority, expires)
         await self._wait_room(message)
         core = self._begin_turn()
+        self._note_producers(core, [message])
         stored = core.send(message)
         await self._committed(core)
         return Confirmation(message.message_id.decode(), stored)
@@ -213,6 +221,10 @@ class LocalClient(Client):
             return now
         return NotLeader("this client's leadership has ended, and a new one has begun here: make another client")
 
+    def _note_producers(self, core: Core, messages: Sequence[Message]) -> None:
+        if core.watched:
+            core.advisories.producers(self._running_connection, [message.destination for message in messages])
+
     async def _wait_room(self, message: Message) -> None:
         engine = self._running
         limit = engine.config.stomp.body_bytes_max
@@ -305,6 +317,7 @@ class LocalPublisher(Publisher):
         await self._wait_below(self._max)
         await self._client._wait_room(message)
         core = self._client._begin_turn()
+        self._client._note_producers(core, [message])
         core.send(message)
         self._sent(core, 1)
         return message.message_id.decode()
@@ -325,6 +338,7 @@ class LocalPublisher(Publisher):
             await self._client._wait_room(made[at])
             core = self._client._begin_turn()
             stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
+            self._client._note_producers(core, made[at:stop])
             start = at
             crowded = core.crowded
             room = engine.config.limits.batch_bytes_max
@@ -393,6 +407,7 @@ class LocalTransaction(ClientTransaction):
         message = make_message(destination, body, headers, durable, priority, expires)
         await self._client._wait_room(message)
         core = self._client._begin_turn()
+        self._client._note_producers(core, [message])
         core.send_later(self._client._running_connection, message, self._name)
         await trio.lowlevel.checkpoint()
 

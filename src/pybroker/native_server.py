@@ -217,6 +217,8 @@ class NativeConnection:
             for event in events:
                 kind = event.__class__
                 if kind is Send or kind is Commit:
+                    if core.watched:
+                        self._note_producers(core, event)  # type: ignore[arg-type]
                     self._sending.take(core, event)  # type: ignore[arg-type]
                 elif kind is Ack or kind is Nack:
                     self._settle(core, event)  # type: ignore[arg-type]
@@ -263,6 +265,9 @@ class NativeConnection:
             return False
         return True
 
+    def _note_producers(self, core: Core, frame: Send | Commit) -> None:
+        core.advisories.producers(self._connection, [message.destination for message in frame.messages])
+
     # ---- opening and parting
 
     async def _open(self, opening: Opening) -> bool:
@@ -288,21 +293,26 @@ class NativeConnection:
             if known or opening.producer_new:
                 # One that is not known, and not new, is made by its next send: a client whose answer got lost is to be told again.
                 core.producers.open(opening.producer)
+        core.announce(self._connection, self._session_id)
         core.confirm((self, _Welcome(known)))
         self._engine.end_turn()
         await self._welcomed.wait()
         return True
 
+    @property
+    def _session_id(self) -> str:
+        store = self._engine.store
+        return f"{store.store_id}-{store.starts:x}-{self._number:x}"
+
     def _welcome(self, producer_known: bool) -> None:
         server = self._server
-        store = self._engine.store
         native = server.config.native
         assert self._welcomed is not None
         self._session.accept(
             {
                 "software": server.software,
                 "broker": server.config.name,
-                "session": f"{store.store_id}-{store.starts:x}-{self._number:x}",
+                "session": self._session_id,
                 "heartbeat": native.heartbeat_interval,
                 "body_bytes_max": server.config.stomp.body_bytes_max,
                 "frame_bytes_max": native.frame_bytes_max,
@@ -329,7 +339,7 @@ class NativeConnection:
         """The client sends nothing more: it is told what it still waits for, and given nothing new."""
         self._parting = True
         if self._engine.error is None:
-            self._engine.begin_turn().pause(self._connection)
+            self._engine.begin_turn().pause(self._connection, slow=False)
             self._engine.end_turn()
         await self._sending.wait_empty()
         if not self._ended:

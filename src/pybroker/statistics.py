@@ -54,6 +54,7 @@ class BrokerStatistics:
     unclaimed   messages to temporary destinations that nobody took: their owner was gone, or went with them waiting
     temporary_destinations  that clients of this broker have at present
     scheduled   messages that are to be sent later
+    advisories_suppressed  that were left out for `limits.advisories_per_second`
     duplicates  sends that their producers repeated, and that were not stored again
     dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
     repaired values that were bad when they were to be read, and were fetched from another replica, in this leadership
@@ -75,6 +76,7 @@ class BrokerStatistics:
     unclaimed: int
     temporary_destinations: int
     scheduled: int
+    advisories_suppressed: int
     duplicates: int
     dropped: int
     repaired: int

@@ -203,6 +203,7 @@ class StompConnection:
         engine = self._engine
         core = engine.begin_turn()
         crowded = core.crowded
+        watched = core.watched
         receipt: bytes | None = None
         try:
             for event in events:
@@ -218,6 +219,8 @@ class StompConnection:
                         engine.end_turn()
                         await engine.wait_room(message)
                         core = engine.begin_turn()
+                    if watched:
+                        core.advisories.producers(self._connection, (message.destination,))
                     transaction = event.transaction  # type: ignore[attr-defined]
                     if transaction is not None:
                         core.send_later(self._connection, message, transaction, numbered)
@@ -265,8 +268,11 @@ class StompConnection:
         await self._server.authenticate(event.login, event.passcode, self._anonymous)
         if self._ended:
             return  # the broker stops, and a check in a thread can't be cancelled
-        self._session.accept(f"{self._engine.store.store_id}-{self._engine.store.starts:x}-{self._number:x}")
+        session_id = f"{self._engine.store.store_id}-{self._engine.store.starts:x}-{self._number:x}"
+        self._session.accept(session_id)
         self._connection.client_id = event.client_id or ""
+        self._engine.begin_turn().announce(self._connection, session_id)
+        self._engine.end_turn()
         self._reading.deadline = math.inf
         self._put(self._session.data_to_send())
         self.flush()

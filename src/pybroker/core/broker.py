@@ -33,6 +33,7 @@ from pybroker.core import (
     subscriptions,
     transactions,
 )
+from pybroker.core.advisories import Advisories, announce_client
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -144,6 +145,8 @@ class Core:
         self._topics: dict[str, Topic] = {}
         self._tree: SubscriptionTree[Queue] = SubscriptionTree()
         self.temporaries = Temporaries(self)
+        self.advisories = Advisories(self, id_prefix)
+        self.watched = False  # somebody subscribes to advisories
         self._shrink_next: list[int] = []
         self.dead_letters = parse_destination(delivery.dead_letter_queue)
         if self.dead_letters.kind != QUEUE or self.dead_letters.is_pattern:
@@ -164,7 +167,7 @@ class Core:
             self.routing.added(queue, Destination(QUEUE, queue.name))
         elif queue.kind == SUBSCRIPTION:
             self.subscriptions[queue.client_id, queue.subscription] = queue
-            self._tree.add(tuple(queue.name.split(".")), queue)
+            self.route(queue)
         elif queue.kind == DELETED:
             queue.empty()
 
@@ -203,6 +206,10 @@ class Core:
             self.unsubscribe(consumer)
         if connection.temporaries:
             self.temporaries.disconnected(connection)
+        if self.watched:
+            self.advisories.gone(connection)
+
+    announce = announce_client
 
     # consumers: see subscriptions.py
 
@@ -212,18 +219,21 @@ class Core:
     remove_subscription = subscriptions.remove_subscription
     deleted = subscriptions.deleted
 
-    def pause(self, connection: Connection) -> None:
-        """Give nothing more to a connection whose outbox is full."""
+    def pause(self, connection: Connection, slow: bool = True) -> None:
+        """Give nothing more to a connection: its outbox is full (or, with `slow` False, it is given nothing for another reason)."""
         if not connection.paused:
             connection.paused = True
             for consumer in connection.consumers:
                 consumer.queue.unlist_consumer(consumer)
+            if self.watched and slow:
+                for consumer in connection.consumers:
+                    self.advisories.slow_consumer(consumer)
 
     def pause_all(self) -> None:
         """Hand out nothing more, for good: what is out stays out, and comes back as redelivered where the store goes on."""
         self._quiet = True
         for connection in self.connections:
-            self.pause(connection)
+            self.pause(connection, slow=False)
 
     def resume(self, connection: Connection) -> None:
         if connection.paused and not self._quiet:
@@ -278,10 +288,12 @@ class Core:
     def route(self, queue: Queue) -> None:
         self._tree.add(tuple(queue.name.split(".")), queue)
         self._topics.clear()
+        self.advisories.route(queue)
 
     def unroute(self, queue: Queue) -> None:
         self._tree.remove(tuple(queue.name.split(".")), queue)
         self._topics.clear()
+        self.advisories.unroute(queue)
 
     def _target(self, text: str) -> Queue | Topic | Temporaries | None:
         """Where a message goes; None for one that goes by `Routing.send`."""

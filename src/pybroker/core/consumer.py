@@ -11,6 +11,7 @@ from pybroker.core.entry import Entry
 if TYPE_CHECKING:
     from pybroker.core.queue import Queue
     from pybroker.core.temporary import TemporaryQueue
+    from pybroker.destination import Destination
     from pybroker.message import Message
 
 AUTO = "auto"  # acknowledged when the transport has taken it
@@ -22,7 +23,17 @@ ACK_MODES = (AUTO, CUMULATIVE, INDIVIDUAL)
 class Connection:
     """One client. `sink` is the run time's object for it, which the core only hands back."""
 
-    __slots__ = ("client_id", "closed", "consumers", "paused", "sink", "temporaries", "transactions")
+    __slots__ = (
+        "client_id",
+        "closed",
+        "consumers",
+        "name",
+        "paused",
+        "produced",
+        "sink",
+        "temporaries",
+        "transactions",
+    )
 
     def __init__(self, sink: Any, client_id: str) -> None:
         self.sink = sink
@@ -30,6 +41,8 @@ class Connection:
         self.consumers: dict[Consumer, None] = {}  # in order, so that the core is deterministic
         self.transactions: dict[str, Transaction] = {}
         self.temporaries: dict[str, TemporaryQueue] = {}  # its temporary destinations
+        self.name = ""  # in advisories; "" while its client was not let in
+        self.produced: dict[str, Destination] = {}  # where it sends to, as far as somebody watches
         self.paused = False  # its outbox is full: nothing is dispatched to it
         self.closed = False
 

@@ -175,6 +175,10 @@ class Links:
                 self.demand.set_own(TOPIC_PREFIX + queue.name, False, False)
                 self._note()
 
+    def plain_subscribers(self, name: str) -> int:
+        """How many plain subscriptions of a topic or pattern there are at this broker."""
+        return self._plain[name]
+
     def subscribed(self, queue: Queue) -> None:
         """There is a durable subscription."""
         self._durable[queue.name] += 1

@@ -59,8 +59,10 @@ def publish_to(core: Core, message: Message, topic: Topic) -> bool:
         core.links.publish(message, topic.origins, topic.origins)
     if not topic.subscribers and not topic.queues:
         core.unrouted += not topic.origins
+        if core.watched and not topic.origins:
+            core.advisories.no_consumer(message)
         return message.durable and bool(topic.origins)
-    return _publish_here(core, message, topic, topic.queues) or (message.durable and bool(topic.origins))
+    return publish_here(core, message, topic, topic.queues) or (message.durable and bool(topic.origins))
 
 
 def publish_for(core: Core, message: Message, targets: tuple[str, ...]) -> None:
@@ -74,12 +76,13 @@ def publish_for(core: Core, message: Message, targets: tuple[str, ...]) -> None:
         if target.kept is not None:
             core.recovery.keep(message, target.kept)
         if target.subscribers:
-            _publish_here(core, message, target)
+            publish_here(core, message, target)
         else:
             core.unrouted += 1
 
 
-def _publish_here(core: Core, message: Message, topic: Topic, queues: tuple[Queue, ...] = ()) -> bool:
+def publish_here(core: Core, message: Message, topic: Topic, queues: tuple[Queue, ...] = ()) -> bool:
+    """Give a message to the subscribers of a topic at this broker. True when the store will keep it."""
     subscribers, durable = topic.subscribers, topic.durable
     if topic.choice is not None:
         subscribers = topic.choice.of(message)

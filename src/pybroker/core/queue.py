@@ -219,6 +219,8 @@ class Queue:
             self._insert(entry)
             if self.available or self.routes is not None or self.choosing is not None:
                 self.dispatch()
+            elif core.watched and not self.consumers and self.kind == QUEUE:
+                core.advisories.no_consumer(message)
             if self.trims:
                 core.trim(self)
 

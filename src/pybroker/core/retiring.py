@@ -43,6 +43,8 @@ def dead_letter(core: Core, entry: Entry, reason: str) -> None:
         queue.counts.dropped += 1
         return
     queue.counts.dead_lettered += 1
+    if core.watched:
+        core.advisories.dead_lettered(entry, reason)
     dead_letters.deliver(core, letter)
 
 
@@ -50,6 +52,8 @@ def expire(core: Core, entry: Entry) -> None:
     """Remove an expired entry that stands in no collection of its queue. It may be a dead letter, by policy."""
     queue = entry.queue
     queue.counts.expired += 1
+    if core.watched and queue.kind != LINK:
+        core.advisories.expired(entry.message.destination, entry.message)
     if queue.policy.dead_letter_expired and queue.kind not in (LINK, DELETED) and not queue.is_dead_letter_queue:
         dead_letter(core, entry, dead_letters.EXPIRED)
     else:
@@ -59,6 +63,8 @@ def expire(core: Core, entry: Entry) -> None:
 def expire_on_arrival(core: Core, message: Message) -> bool:
     """A message has come that has expired already. True when the store will keep it, as a dead letter."""
     core.expired_on_arrival += 1
+    if core.watched:
+        core.advisories.expired(message.destination, message)
     target = parse_destination(message.destination)
     policy = core.policies.of(target)
     if not policy.dead_letter_expired or core.policies.is_dead_letter_queue(target):
@@ -156,6 +162,8 @@ def due_loaded(
 
 def _expire_unloaded(core: Core, queue: Queue, row: DueEntry, stored: bool) -> None:
     queue.counts.expired += 1
+    if core.watched and queue.kind != LINK:
+        core.advisories.expired(str(queue.destination))
     forget_unloaded(core, queue, row, stored)
 
 

@@ -162,4 +162,6 @@ def overrun(core: Core, queue: Queue) -> None:
     )
     for consumer in queue.consumers:
         text = f"subscription to /topic/{queue.name} is {limit} messages behind ({field})"
+        if core.watched:
+            core.advisories.slow_consumer(consumer)
         core.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pybroker.config import CompositeEntry, RoutingConfig
+from pybroker.core.advisories import is_advisory
 from pybroker.core.queue import Queue
 from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination
 from pybroker.errors import InvalidDestination, LimitExceeded
@@ -73,6 +74,8 @@ class Routing:
         for target in targets:
             if target.is_pattern:
                 raise InvalidDestination(f"{target} is a pattern: a message is sent to one name")
+            if is_advisory(target):
+                raise InvalidDestination(f"{target} is for the broker's own advisories: send to another topic")
         return [str(target) for target in targets]
 
     def destinations(self, message: Message) -> list[str]:

@@ -72,6 +72,8 @@ def subscribe(
         consumer.matches = matches
         joined(queue, consumer)
     core.links.joined(queue)
+    if core.watched:
+        core.advisories.consumer(consumer, True)
     return consumer
 
 
@@ -133,6 +135,8 @@ def unsubscribe(core: Core, consumer: Consumer) -> None:
     else:
         queue.put_back(entries)
         queue.dispatch()
+    if core.watched:
+        core.advisories.consumer(consumer, False)
 
 
 def remove_subscription(core: Core, client_id: str, name: str) -> None:

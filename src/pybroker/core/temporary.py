@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Connection, Consumer
-from pybroker.core.entry import SETTLING
+from pybroker.core.entry import DELAYED, SETTLING
 from pybroker.core.queue import TEMPORARY, Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.shared import SharedBody
@@ -65,7 +65,10 @@ class TemporaryQueue(Queue):
         """A consumer of the topic is too far behind: it is told so and ended."""
         limit = self.core.limits.backlog_messages_max
         text = f"subscription to {self.destination} is {limit} messages behind (limit limits.backlog_messages_max): read faster"
-        self.core.closing.extend((consumer, SlowConsumer(text)) for consumer in self.consumers)
+        for consumer in self.consumers:
+            if self.core.watched:
+                self.core.advisories.slow_consumer(consumer)
+            self.core.closing.append((consumer, SlowConsumer(text)))
 
     def head_at_least(self, start: int) -> None:
         """Nothing of it is stored."""
@@ -161,7 +164,7 @@ class Temporaries:
     def _remove(self, queue: TemporaryQueue) -> None:
         self.unclaimed += queue.depth
         del self.core.by_destination[str(queue.target)]
-        entries = [entry for entry in queue.outstanding.values() if entry.state != SETTLING]
+        entries = [entry for entry in queue.outstanding.values() if entry.state not in (SETTLING, DELAYED)]
         drop_queue(self.core, queue, entries)
 
     def queue_for(self, connection: Connection, target: Destination, durable_name: str | None) -> TemporaryQueue:
