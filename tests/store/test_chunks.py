@@ -20,9 +20,13 @@ from pybroker.operations import (
     PUT_PEER,
     PUT_PRODUCER,
     PUT_QUEUE,
+    PUT_SCHEDULE,
+    PUT_SCHEDULING,
     PeerRecord,
     ProducerRecord,
     QueueRecord,
+    Schedule,
+    SchedulingRecord,
 )
 from pybroker.store import LevelDBBackend, MemoryBackend, Store
 from pybroker.store import format as fmt
@@ -186,6 +190,7 @@ def test_real_stores_with_everything_in_them(kind: str, tmp_path: Path) -> None:
         changes = store.encode(operations)
         store.write(store.prepare([*changes, store.history_change(1, 1)], (1, 1)), False)
     kept = [(PUT_PRODUCER, ProducerRecord("p", (1, 2_000))), (PUT_PEER, PeerRecord("north"))]
+    kept += [(PUT_SCHEDULE, Schedule(3, 70, message(b"recall")), 0), (PUT_SCHEDULING, SchedulingRecord(4, 1, 10, 70))]
     leader.apply(leader.encode([(DELETE_MESSAGE, 1, place(7), 0, False), *kept]), (1, 2), False)
     divergent = [(PUT_QUEUE, QueueRecord(2, "queue", "divergent")), (PUT_PRODUCER, ProducerRecord("divergent"))]
     follower.apply(follower.encode(divergent), (1, 2), False)
@@ -200,6 +205,8 @@ def test_real_stores_with_everything_in_them(kind: str, tmp_path: Path) -> None:
     assert follower.position == (1, 2)
     assert [record.name for record in follower.records] == ["q"]
     assert (follower.producers, follower.peers) == ([ProducerRecord("p", (1, 2_000))], [PeerRecord("north")])
+    assert follower.scheduling == SchedulingRecord(4, 1, 10, 70)
+    assert [each.number for each in follower.read_schedules((0, 0), 9, 1 << 20).schedules] == [3]
     assert (follower.next_queue_id, follower.next_body_id) == (leader.next_queue_id, leader.next_body_id)
     leader.close()
     follower.close()
