@@ -102,7 +102,7 @@ async def test_expired_messages_are_not_delivered(autojump_clock: MockClock, wor
             assert await nothing_comes(messages)
 
 
-@pytest.mark.parametrize("destination", ["nowhere", "/queue/", "/queue/a..b", "/queue/a.*", "/queue/>", "/topic/a,b"])
+@pytest.mark.parametrize("destination", ["nowhere", "/queue/", "/queue/a..b", "/queue/a.*", "/queue/>", "/topic/a,"])
 async def test_wrong_destinations(autojump_clock: MockClock, world: World, destination: str) -> None:
     async with world.client() as client:
         with pytest.raises(InvalidDestination):
