@@ -191,7 +191,7 @@ async def test_a_prefetch_beyond_the_limit_is_cut_to_it():
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a" * 1_025, "longer than 1024 bytes"), (".".join("a" * 65), "more than 64 parts"), ("a,b", "comma")],
+    [("a" * 1_025, "longer than 1024 bytes"), (".".join("a" * 65), "more than 64 parts"), ("a,", "empty")],
 )
 async def test_names_have_limits(name: str, words: str):
     async with embedded() as (_, port), dialled(port) as peer:
