@@ -3,7 +3,6 @@
 VENV ?= .venv
 EXTRAS ?= test,dev,demo
 PYTEST_ARGS ?=
-TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 PYTHON_HERE := $(VENV)/bin/python
@@ -17,7 +16,7 @@ setup:
 	@VENV=$(VENV) EXTRAS=$(EXTRAS) scripts/setup
 
 test: setup
-	$(PYTHON_HERE) -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
+	$(PYTHON_HERE) -m pytest $(PYTEST_ARGS)
 
 lint: setup
 	$(PYTHON_HERE) -m ruff check $(CHECKED)
