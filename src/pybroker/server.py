@@ -205,9 +205,13 @@ class Server:
         pause = min(interval for interval in (*intervals, 1.0) if interval) / BEATS_PER_INTERVAL
         while True:
             await trio.sleep(pause)
-            now = trio.current_time()
-            for connection in list(self.beating):
-                connection.beat(now)
+            self._beat()
+
+    def _beat(self) -> None:
+        """A function of its own: what it last looked at is not held while `_run_heartbeats` sleeps."""
+        now = trio.current_time()
+        for connection in list(self.beating):
+            connection.beat(now)
 
     def set_members(self, members: Mapping[str, tuple[str, ...]]) -> None:
         """Tell all native clients, and those to come, which brokers the network has: name to native URLs."""

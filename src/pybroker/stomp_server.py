@@ -33,7 +33,7 @@ from pybroker.protocols.stomp_events import (
     Subscribe,
     Unsubscribe,
 )
-from pybroker.protocols.stomp_headers import HEARTBEAT
+from pybroker.protocols.stomp_headers import HEARTBEAT, shown
 from pybroker.protocols.stomp_send import LocalDestination
 from pybroker.protocols.stomp_session import StompSession
 from pybroker.queue_pages import matcher
@@ -369,9 +369,7 @@ class StompConnection:
             name, _, digits = event.ack_id.partition(b"-")
             consumer = self._by_name.get(name)
             if consumer is None or not digits.isdigit() or len(digits) > 20:
-                raise UnknownDelivery(
-                    f"no delivery {event.ack_id.decode(errors='replace')!r} is outstanding on this connection"
-                )
+                raise UnknownDelivery(f"no delivery {shown(event.ack_id)} is outstanding on this connection")
             tag = int(digits)
         else:
             consumer, tag = self._find(event)
@@ -403,7 +401,7 @@ class StompConnection:
                     if other > tag:
                         tags.setdefault(entry.message.message_id, other)
             return consumer, tag
-        raise UnknownDelivery(f"message {message_id.decode(errors='replace')!r} is not outstanding on this connection")
+        raise UnknownDelivery(f"message {shown(message_id)} is not outstanding on this connection")
 
     # ---- writing
 

@@ -212,7 +212,7 @@ class Queue:
             and self.tail is None
             and not self.window
             and self.choosing is None
-            and GROUP_HEADER not in message.header_block
+            and not (message.header_block and message.header_block.partition(GROUP_HEADER)[1])
         ):
             self._deliver(entry)
         else:
@@ -314,7 +314,8 @@ class Queue:
                     self.request_page()
                 return
             entry = window.pop_first()
-            if GROUP_HEADER in entry.message.header_block and self.kind in CONSUMED:
+            block = entry.message.header_block
+            if block and block.partition(GROUP_HEADER)[1] and self.kind in CONSUMED:  # `in` takes four times as long
                 window.add(entry)
                 Choosing(self).dispatch()
                 return
