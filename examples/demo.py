@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--single", action="store_true", help="one broker, also where ZooKeeper can run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=2_000, help="messages")
-    parser.add_argument("--deadline", type=float, default=58.0, help="seconds for everything")
+    parser.add_argument("--deadline", type=float, default=180.0, help="seconds for everything")
     # not the system's place for temporary files: that is often kept in memory, and survives nothing
     parser.add_argument("--directory", type=Path, default=HERE.parent / "build", help="where the stores are made")
     arguments = parser.parse_args()
