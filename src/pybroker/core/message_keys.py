@@ -26,12 +26,18 @@ PREFIX = "key "  # ids of their records begin so; those of clients have no space
 SWEEP_MAX = 1_000  # keys that one sweep, or one send, forgets
 
 
+def record_of(destination: str, key: str) -> str:
+    """The id of the record that remembers a key. Keys that are due at one time are forgotten in the order of their records' ids."""
+    return PREFIX + sha256(f"{destination}\n{key}".encode()).hexdigest()[:32]
+
+
 class MessageKeys:
     """The keys that are remembered. The records have in `last_used` when they are to be forgotten."""
 
     def __init__(self, core: Core, records: Iterable[ProducerRecord]) -> None:
         self._core = core
         self._until: dict[str, int] = {}  # by record's id, the oldest first: milliseconds since the Unix epoch
+        self._transient: set[str] = set()  # of these, those whose message is not stored
         self._due: list[tuple[int, str]] = []  # a heap; those forgotten or renewed meanwhile are passed over
         self._passing = False  # what is sent now was looked at
         for record in sorted(records, key=lambda record: (record.last_used, record.producer_id)):
@@ -48,8 +54,10 @@ class MessageKeys:
         if not window:
             return None
         core = self._core
-        record_id = PREFIX + sha256(f"{message.destination}\n{key}".encode()).hexdigest()[:32]
-        if self._until.get(record_id, -1) > core.now:
+        record_id = record_of(message.destination, key or "")
+        # What is only in memory is no repeat of what is to be stored.
+        as_safe = not message.durable or record_id not in self._transient
+        if as_safe and self._until.get(record_id, -1) > core.now:
             core.duplicates += 1
             if not message.message_id:
                 message.message_id = core.new_message_id()
@@ -83,11 +91,15 @@ class MessageKeys:
             self._forget(next(iter(self._until)))
         self._until[record_id] = until
         heappush(self._due, (until, record_id))
-        if durable:
+        if not durable:
+            self._transient.add(record_id)
+        else:
+            self._transient.discard(record_id)
             core.operations.append((PUT_PRODUCER, ProducerRecord(record_id, (0, 0), last_used=until)))
 
     def _forget(self, record_id: str) -> None:
         del self._until[record_id]
+        self._transient.discard(record_id)
         self._core.operations.append((DELETE_PRODUCER, record_id))
 
     def sweep(self) -> None:
