@@ -60,7 +60,7 @@ from pybroker.errors import (
     LimitExceeded,
     UnknownDelivery,
 )
-from pybroker.message import PRIORITY_MAX, Message
+from pybroker.message import PRIORITY_MAX, Message, mentions
 from pybroker.operations import (
     DELETE_MESSAGE,
     PUT_MESSAGE,
@@ -330,7 +330,7 @@ class Core:
         if not 0 <= message.priority <= PRIORITY_MAX:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
         self.check_destination(message.destination)
-        if PREFIX in message.header_block:
+        if mentions(message.header_block, PREFIX):
             self.schedules.check(message)
 
     def check_destination(self, text: str) -> None:
@@ -344,9 +344,9 @@ class Core:
             raise InvalidMessage(f"priority must be 0 to {PRIORITY_MAX}, not {message.priority}")
         block = message.header_block
         if block:
-            if MARK in block and (stored := self.message_keys.take(message)) is not None:
+            if mentions(block, MARK) and (stored := self.message_keys.take(message)) is not None:
                 return stored
-            if PREFIX in block and (stored := self.schedules.take(message)) is not None:
+            if mentions(block, PREFIX) and (stored := self.schedules.take(message)) is not None:
                 return stored
         text = message.destination
         target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)

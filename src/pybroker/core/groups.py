@@ -11,6 +11,8 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 from zlib import crc32
 
+from pybroker.message import mentions
+
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
     from pybroker.core.consumer import Consumer
@@ -39,7 +41,7 @@ def _value(block: bytes, header: bytes) -> bytes:
 def group_of(message: Message) -> bytes:
     """The name of a message's group, empty when it is in none."""
     block = message.header_block
-    if GROUP_HEADER not in block:
+    if not mentions(block, GROUP_HEADER):
         return b""
     name = _value(block, GROUP_HEADER)
     return name if len(name) <= NAME_MAX else b"\0" + blake2b(name, digest_size=32).digest()

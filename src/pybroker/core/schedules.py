@@ -22,7 +22,7 @@ from pybroker.core.cron import next_time
 from pybroker.core.entry import ENTRY_BYTES
 from pybroker.core.schedule_headers import JOB_ID, PREFIX, Terms, take_terms
 from pybroker.errors import BrokerError, InvalidMessage, LimitExceeded
-from pybroker.message import Message
+from pybroker.message import Message, mentions
 from pybroker.operations import DELETE_SCHEDULE, PUT_SCHEDULE, Schedule, SchedulingRecord
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Schedules:
 
     def take(self, message: Message) -> bool | None:
         """`Core.send` for a message that may have headers of a schedule; None, and nothing done, when it has none."""
-        if PREFIX not in message.header_block:
+        if not mentions(message.header_block, PREFIX):
             return None
         terms, block = self._terms(message)
         if terms is None:
