@@ -14,14 +14,17 @@ from pybroker.browser import QueueBrowser
 from pybroker.client import IN_FLIGHT_DEFAULT, Client, Confirmation, Headers
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.browsing import Browsed, BrowsePage, Cursor
+from pybroker.destination import parse_destination
 from pybroker.errors import BrokerError
 from pybroker.message import PRIORITY_DEFAULT
+from pybroker.protocols.native_decoding import check_selector
+from pybroker.protocols.native_frames import NUMBER_MAX
 from pybroker.protocols.native_sends import row_size
 from pybroker.remote_events import ClientStatistics, ConnectionEvents
 from pybroker.remote_lifeline import Lifeline
 from pybroker.remote_sending import RemotePublisher, RemoteTransaction, Sender
 from pybroker.remote_subscription import RemoteSubscription, check_durable_name
-from pybroker.remote_waiting import PageWaiter, SendWaiter, Waiter
+from pybroker.remote_waiting import SendWaiter, Waiter
 from pybroker.requests import Requests
 
 
@@ -93,16 +96,10 @@ class RemoteClient(Client):
 
     def browse(self, destination: str, *, selector: str = "", limit: int = 0) -> QueueBrowser:
         async def read(cursor: Cursor | None, count: int) -> BrowsePage:
-            while True:
-                async with self._browsing:  # one page at a time: there is a limit of a connection
-                    await self._lifeline.wait_connected()
-                    waiter = PageWaiter()
-                    self._lifeline.browse(waiter, destination, selector, count, cursor)
-                    await waiter.wait()
-                if not waiter.repeat:  # a cursor is good on another connection, too
-                    break
-            page = waiter.page
-            assert page is not None
+            parse_destination(destination)
+            check_selector(selector)
+            async with self._browsing:  # one page at a time: there is a limit of a connection
+                page = await self._lifeline.page(destination, selector, min(count, NUMBER_MAX), cursor)
             out = set(page.outstanding)
             rows = [Browsed(message, n, at in out) for at, (message, n) in enumerate(page.messages)]
             return BrowsePage(rows, Cursor(*page.cursor) if page.cursor is not None else None, page.unread)

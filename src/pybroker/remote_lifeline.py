@@ -42,7 +42,7 @@ from pybroker.protocols.native_client import (
     Shown,
 )
 from pybroker.protocols.native_errors import error_of
-from pybroker.protocols.native_frames import Deliver, Ended, Members
+from pybroker.protocols.native_frames import Deliver, Ended, Members, Page
 from pybroker.protocols.native_sends import Row, Sends, Submission
 from pybroker.remote_connection import Dial, RemoteConnection, open_connection
 from pybroker.remote_events import ClientStatistics, ConnectionEvent, ConnectionEvents
@@ -82,6 +82,7 @@ class Lifeline:
         self._hello = {"software": f"pybroker/{version('pybroker')}", **hello}
         self._numbers = Numbers()
         self._connection: RemoteConnection | None = None
+        self._looking: set[PageWaiter] = set()  # who waits for a page of a queue
         self._attached: dict[int, RemoteSubscription] = {}  # by their number on the present connection
         self._changed = trio.Event()
         self._room_wanted = False
@@ -261,6 +262,8 @@ class Lifeline:
             self._reject(submission, SendInDoubt(f"{error}: it may be stored or not") if submission.tried else error)
         for subscription in [each for each in self.subscriptions if not each.opened]:
             subscription.fail(error)
+        for waiter in self._looking:
+            waiter.answered(error)
 
     async def close(self) -> None:
         """Take nothing more, wait for what is owed, for `close_timeout` seconds; then there is no connection any more."""
@@ -482,14 +485,23 @@ class Lifeline:
             connection.session.delete(None, destination)
             connection.wake()
 
-    def browse(self, waiter: PageWaiter, destination: str, selector: str, limit: int, cursor: Cursor | None) -> None:
-        """Ask for a page of a queue."""
-        connection = self._live
-        if connection is None:
-            waiter.lost(self._last_error)
-        else:
-            connection.session.browse(waiter, destination, selector, limit, cursor)
-            connection.wake()
+    async def page(self, destination: str, selector: str, limit: int, cursor: Cursor | None) -> Page:
+        """A page of a queue, from whatever broker answers: a cursor is good on another connection, too."""
+        waiter = PageWaiter()
+        self._looking.add(waiter)
+        try:
+            while True:
+                await self.wait_connected()
+                waiter.renew()
+                connection = self._live
+                assert connection is not None
+                connection.session.browse(waiter, destination, selector, limit, cursor)
+                connection.wake()
+                await waiter.wait()
+                if waiter.page is not None:
+                    return waiter.page
+        finally:
+            self._looking.discard(waiter)
 
     def restore_later(self, subscription: RemoteSubscription, error: BrokerError) -> None:
         """The broker refuses to restore it, perhaps only for now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from pybroker.errors import BrokerClosed, BrokerError
+from pybroker.errors import BrokerError, ProtocolError
 from pybroker.protocols.native_client import lost
 from pybroker.protocols.native_frames import Page
 
@@ -35,14 +35,13 @@ class Waiter:
 
 
 class PageWaiter(Waiter):
-    """One caller who waits for a page of a queue. Nothing is in doubt when the connection is lost: it can be asked for again."""
+    """One caller who waits for a page of a queue, over as many connections as it takes: nothing is in doubt when one is lost."""
 
-    __slots__ = ("page", "repeat")
+    __slots__ = ("page",)
 
     def __init__(self) -> None:
         super().__init__("looking into a queue")
         self.page: Page | None = None
-        self.repeat = False
 
     def shown(self, page: Page) -> None:
         """Client: it is here."""
@@ -50,9 +49,14 @@ class PageWaiter(Waiter):
         self.event.set()
 
     def lost(self, error: BrokerError | None) -> None:
-        """Client: the connection was lost, and the request with it."""
-        self.repeat = not isinstance(error, BrokerClosed)
-        self.answered(error if not self.repeat else None)
+        """Client: the connection was lost, and the request with it. It is asked for again, unless that was why."""
+        self.answered(error if isinstance(error, ProtocolError) else None)
+
+    def renew(self) -> None:
+        """It is about to be asked for, perhaps again. Raises what it was told meanwhile."""
+        if self.error is not None:
+            raise self.error
+        self.event = trio.Event()
 
 
 class SendWaiter:

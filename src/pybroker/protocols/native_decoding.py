@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 
 from pybroker.destination import TEMPORARY_KINDS
-from pybroker.errors import InvalidMessage, LimitExceeded, ProtocolError
+from pybroker.errors import InvalidMessage, InvalidSelector, LimitExceeded, ProtocolError
 from pybroker.message import PRIORITY_MAX, Message, decode_headers, encode_headers
 from pybroker.protocols import native_frames as wire
 from pybroker.protocols.native_frames import (
@@ -104,6 +104,18 @@ def text(value: Any, what: str, length_max: int = TEXT_MAX) -> str:
     if value.__class__ is not str or len(value) > length_max:
         raise ProtocolError(f"{what} must be text of at most {length_max} characters")
     return value
+
+
+def check_selector(selector: str) -> None:
+    """Raise InvalidSelector for a selector that can't be sent: one that is no text of UTF-8, or longer than any broker takes."""
+    try:
+        selector.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start}: this is half of a character, which UTF-8 does not have"
+        raise InvalidSelector(what, position=error.start, column=error.start + 1) from None
+    if len(selector) > SELECTOR_MAX:
+        what = f"the selector has {len(selector)} characters, and no broker takes more than {SELECTOR_MAX}: make it shorter"
+        raise InvalidSelector(what, position=SELECTOR_MAX)
 
 
 def array(value: Any, what: str) -> tuple[Any, ...]:
