@@ -372,7 +372,7 @@ class Engine:
             stored.entries,
             transient.entries if transient is not None else [],
             min(bounds, default=None),
-            len(stored.unread),
+            [order for page in pages if page is not None for order in page.unread],
         )
 
     async def _read_due(self, request: DueRequest) -> None:

@@ -347,7 +347,7 @@ class Driver:
             entries = transient.entries if transient is not None else []
             bound = min(bounds, default=None)
             if isinstance(request, BrowseRequest):
-                core.browse_loaded(request, stored.entries, entries, bound, len(stored.unread))
+                core.browse_loaded(request, stored.entries, entries, bound, stored.unread)
                 self.end_turn()
                 return
             core.page_loaded(request, stored.entries, entries, bound, stored.unread, read.mended)

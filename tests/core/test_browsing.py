@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from pybroker.core import queue as queue_module
-from pybroker.core.browsing import BrowsePage, Cursor
+from pybroker.core.browsing import BrowsePage, BrowseRequest, Cursor, browse_loaded
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message
+from pybroker.operations import SEQUENCE_MASK, StoredEntry
 from tests.core.bench import Bench
 from tests.core.promises import leftovers
 
@@ -54,6 +55,34 @@ def test_a_deep_queue_is_shown_in_the_order_of_delivery_page_by_page(durable: bo
     assert shown(pages) == [b"high", *bodies, b"low"]
     assert max(len(page.messages) for page in pages) == 3
     assert bench.queue("/queue/a").depth == 22
+
+
+def test_a_page_of_both_kinds_is_no_larger_than_one_of_either_but_has_one_message():
+    bench = Bench(**{**SMALL, "browse_messages_max": 10})
+    for number in range(6):
+        bench.send("/queue/a", b"%d" % number * 25, durable=number % 2 == 0)
+    bench.send("/queue/a", b"L" * 200, durable=False)
+    bench.send("/queue/a", b"l" * 200)
+    bench.settle()
+    pages = browse_all(bench, "/queue/a")
+    assert [[len(each.message.body) for each in page.messages] for page in pages] == [[25, 25]] * 3 + [[200], [200]]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_what_can_not_be_read_is_counted_once_on_the_page_that_passes_it(limit: int):
+    """`limit`: the page ends in front of its second message; or else its bound is there."""
+    bench = Bench(**SMALL)
+    bench.send("/queue/a", b"0", b"1", b"2", b"3")
+    bench.settle()
+    bench.core.browse("/queue/a", None, limit=limit)
+    (request,) = [each for each in bench.core.held if isinstance(each, BrowseRequest)]
+    first, unread, second, beyond = [StoredEntry(entry.order, entry.message) for entry in request.queue.window]
+    came_later = (first.order & ~SEQUENCE_MASK) - SEQUENCE_MASK - 1 + request.cursor.stop  # on a level before
+    orders = [came_later, unread.order, beyond.order]
+    browse_loaded(bench.core, request, [first, second], [], None if limit else second.order, orders)
+    assert request.page.unread == 1
+    assert request.page.cursor is not None
+    assert request.page.cursor.position == second.order
 
 
 def test_what_is_out_is_shown_as_outstanding_and_nothing_is_delivered_or_marked_by_a_browser():

@@ -12,7 +12,7 @@ messages are taken; what a consumer or a transaction has stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -204,9 +204,12 @@ def browse_loaded(
     stored: list[StoredEntry],
     transient: list[StoredEntry],
     bound: int | None,
-    unread: int = 0,
+    unread: Collection[int] = (),
 ) -> None:
-    """Take what was read for a request: all messages from its start on and below `bound` (None = to the end)."""
+    """Take what was read for a request: all messages from its start on and below `bound` (None = to the end).
+
+    `unread`: the orders of those that could not be read, which may be beyond it.
+    """
     queue = request.queue
     page = request.page
     removals = queue.removals
@@ -217,13 +220,13 @@ def browse_loaded(
         found |= {row.order: (None, row, False) for row in transient}
         found |= {order: (entry, None, False) for order, entry in request.in_memory.items()}
         orders = sorted(found)
-        if len(orders) > request.count_max:
-            bound = min(orders[request.count_max], orders[-1] if bound is None else bound)
-        page.unread = unread
+        bound = _cut(request, orders, found, bound)
         page.cursor = _next(request.cursor, bound)
         for order in orders:
             if (bound is not None and order >= bound) or not _take(core, request, order, found[order]):
                 break
+        end = page.cursor.position if page.cursor is not None else LEVELS << SEQUENCE_BITS
+        page.unread = sum(order < end and order & SEQUENCE_MASK < request.cursor.stop for order in unread)
     if request.moving is not None:
         assert removals is not None
         removals.readers -= 1
@@ -233,6 +236,17 @@ def browse_loaded(
         if queue.available:
             queue.dispatch()
     core.confirm((request.sink, page))
+
+
+def _cut(request: BrowseRequest, orders: list[int], found: dict[int, Place], bound: int | None) -> int | None:
+    """Where a page ends at the latest that is no larger than it may be, by count and by size; one message always may."""
+    size = 0
+    for at, order in enumerate(orders):
+        entry, row, _ = found[order]
+        size += entry.message.size if entry is not None else row.message.size  # type: ignore[union-attr]
+        if at == request.count_max or (size > request.size_max and at):
+            return order if bound is None else min(bound, order)
+    return bound
 
 
 def _next(cursor: Cursor, bound: int | None) -> Cursor | None:
