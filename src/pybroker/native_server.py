@@ -224,20 +224,21 @@ class NativeConnection:
                     self._settle(core, event)  # type: ignore[arg-type]
                 elif isinstance(event, Credit):
                     self._set_prefetch(core, event)
-                elif isinstance(event, Subscribe):
-                    if event.options:
+                elif isinstance(event, Subscribe | Browse):
+                    if event.selector if isinstance(event, Browse) else event.options:
                         engine.end_turn()  # reading a selector takes as long as many messages
                         await trio.lowlevel.checkpoint()
                         if self._ended:
                             return False
                         core = engine.begin_turn()
-                    self._answer(core, event.request, self._subscribe, event)
+                    if isinstance(event, Browse):
+                        self._browse(core, event)
+                    else:
+                        self._answer(core, event.request, self._subscribe, event)
                 elif isinstance(event, Unsubscribe):
                     self._answer(core, event.request, self._unsubscribe, event)
                 elif isinstance(event, Remove):
                     self._answer(core, event.request, self._remove, event)
-                elif isinstance(event, Browse):
-                    self._browse(core, event)
                 elif isinstance(event, Create):
                     self._answer(core, event.request, self._create, event)
                 elif isinstance(event, Delete):

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_pair
 
+from pybroker import queue_pages
 from pybroker.client import Client
 from pybroker.core import subscriptions
 from pybroker.errors import InvalidSelector, SubscriptionError
 from tests.client.conftest import World
 from tests.client.support import bodies, nothing_comes
+from tests.engine.support import Disk, broker_on
+from tests.native import peer as wire
 
 TOPIC = "/topic/t"
 WARD_3 = "ward = 3 AND kind LIKE 'ref%'"
@@ -109,7 +112,7 @@ async def test_a_selector_that_is_too_long_is_refused(autojump_clock: MockClock,
 async def test_others_have_their_turn_between_two_selectors(
     autojump_clock: MockClock, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading one takes as long as many messages: a read full of SUBSCRIBE frames is no single turn."""
+    """Reading one takes as long as many messages: a read full of SUBSCRIBE or BROWSE frames is no single turn."""
     seen = []
     compile_selector = subscriptions.compile_selector
 
@@ -139,3 +142,36 @@ async def test_others_have_their_turn_between_two_selectors(
     assert len(opened) == 20
     rows = "".join("s" if text else "." for text in seen)
     assert "sss" not in rows, rows  # two may be neighbours: tasks run in any order within a round of the scheduler
+
+
+async def test_others_have_their_turn_between_two_browsers_selectors(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is between two SUBSCRIBE frames, for a read full of BROWSE frames."""
+    seen = []
+    compile_selector = queue_pages.compile_selector
+
+    def noted(text: str, bytes_max: int) -> object:
+        seen.append(text)
+        return compile_selector(text, bytes_max)
+
+    async def turns() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            seen.append("")
+
+    monkeypatch.setattr(queue_pages, "compile_selector", noted)
+    async with broker_on(Disk(), limits={"browse_pages_max": 20}) as broker, trio.open_nursery() as nursery:
+        ours, theirs = memory_stream_pair()
+        nursery.start_soon(broker._server.serve_stream, theirs, True)
+        await ours.send_all(wire.pack([wire.HELLO, "pybroker", [1], {}]))
+        await trio.sleep(1)
+        nursery.start_soon(turns)
+        rows = [[wire.BROWSE, number, "/queue/q", f"b = {number}", 0, []] for number in range(1, 21)]
+        await ours.send_all(wire.pack(*rows))
+        while seen.count("") < 1_000:
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert sum(map(bool, seen)) == 20
+    shown = "".join("s" if text else "." for text in seen)
+    assert "sss" not in shown, shown

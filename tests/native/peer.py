@@ -19,6 +19,7 @@ from pybroker.broker import Broker
 HELLO, WELCOME, ERROR, BYE, BEAT = 1, 2, 3, 4, 5
 SEND, COMMIT, SUBSCRIBE, UNSUBSCRIBE, ACK, NACK, CREDIT, REMOVE = range(10, 18)
 CONFIRM, REFUSED, DONE, FAILED, DELIVER, ENDED, MEMBERS = range(20, 27)
+BROWSE, PAGE = 27, 28
 FIELDS = {
     WELCOME: 2,
     ERROR: 3,
@@ -31,6 +32,7 @@ FIELDS = {
     DELIVER: 3,
     ENDED: 3,
     MEMBERS: 1,
+    PAGE: 5,
 }
 DURABLE = 16
 TIMEOUT = 10.0  # seconds that a test waits for what must come
