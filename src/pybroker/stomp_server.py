@@ -87,7 +87,7 @@ class StompConnection:
         )
         self._connection = engine.core.connect(self)
         self._local_names = LocalNames(self._connection)
-        self._browsers = StompBrowsers(self, self._session, self._put)
+        self._browsers = StompBrowsers(self, self._session, self._put, config.limits.browse_pages_max)
         self._by_key: dict[str, Consumer] = {}
         self._by_name: dict[bytes, Consumer] = {}
         self._last_name = 0
@@ -333,6 +333,7 @@ class StompConnection:
             raise SubscriptionError("a queue browser is no durable subscription: leave its name out")
         matches = matcher(self._engine, event.options.selector)
         self._browsers.start(core, key, event.destination, head, matches)
+        self._work.set()
 
     def _stop_giving(self, event: Unsubscribe) -> bool:
         """Give an AUTO consumer nothing more; True when some of what it was given has yet to go out."""
