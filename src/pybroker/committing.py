@@ -12,7 +12,7 @@ from pybroker.errors import BrokerError
 
 async def end_turn_committed(engine: Engine) -> bool:
     """End the turn, and wait until what it emitted is committed. False when the engine ended first: then nobody knows."""
-    waiter = _Commit()
+    waiter = Commit()
     engine.core.confirm((waiter, None))
     engine.end_turn()
     return await wait_or_ended(engine, waiter.done)
@@ -32,8 +32,8 @@ async def wait_or_ended(engine: Engine, event: trio.Event) -> bool:
     return event.is_set()
 
 
-class _Commit:
-    """A sink that only waits for its token."""
+class Commit:
+    """A sink that only waits for its token: that what was asked for is committed, or read."""
 
     def __init__(self) -> None:
         self.touched = False

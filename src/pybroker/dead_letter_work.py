@@ -12,18 +12,16 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import trio
-
+from pybroker.committing import Commit
 from pybroker.core import dead_letters
 from pybroker.core.broker import Core
 from pybroker.core.browsing import Cursor, Moving
-from pybroker.core.consumer import Consumer
-from pybroker.core.entry import Entry
 from pybroker.core.queue import Queue
 from pybroker.destination import QUEUE, Destination, matches, parse_destination
 from pybroker.engine import Engine
-from pybroker.errors import BrokerError, BrokerFull, InvalidDestination, SendInDoubt
+from pybroker.errors import BrokerError, BrokerFull, InvalidDestination
 from pybroker.message import Message, decode_headers
+from pybroker.queue_pages import cursor_of, wait_moved, wait_shown
 from pybroker.selectors import compile_selector
 
 LIST, RETRY, DROP = "list", "retry", "drop"
@@ -160,10 +158,10 @@ async def take_step(engine: Engine, action: str, wanted: DeadLetterFilter, place
         RETRY: Moving(None, way=lambda letter: dead_letters.way_back(core, letter)),
         DROP: Moving(None),
     }
-    waiter = _Waiter()
+    waiter = Commit()
     page = core.browse(str(queue.destination), waiter, cursor=place, matches=fits, limit=limit, moving=ways[action])
     engine.end_turn()
-    await waiter.wait(engine)
+    await (wait_shown if action == LIST else wait_moved)(engine, waiter)
     letters = tuple(_shown(str(queue.destination), each.message) for each in page.messages)
     done = DeadLettersDone(page.moved, page.stayed, page.outstanding, page.unread)
     return Step(letters, done, page.cursor or _behind(core, wanted, queue), page.refused)
@@ -243,42 +241,6 @@ def _shown(queue: str, message: Message) -> DeadLetter:
     )
 
 
-class _Waiter:
-    """A sink that waits for one page."""
-
-    def __init__(self) -> None:
-        self.touched = False
-        self._done = trio.Event()
-
-    async def wait(self, engine: Engine) -> None:
-        """Until the page is here. Raises SendInDoubt when the engine has ended before."""
-        async with trio.open_nursery() as nursery:
-
-            async def give_up() -> None:
-                await engine.wait_ended()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(give_up)
-            await self._done.wait()
-            nursery.cancel_scope.cancel()
-        if not self._done.is_set():
-            raise SendInDoubt(
-                "it is not known whether dead letters were moved: the broker's store failed, or it stopped"
-            )
-
-    def confirm(self, token: object) -> None:
-        """Engine: the page is here."""
-        self._done.set()
-
-    def deliver(self, consumer: Consumer, entry: Entry) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def fail(self, error: BrokerError) -> None: ...
-
-    def fail_consumer(self, consumer: Consumer, error: BrokerError) -> None: ...
-
-
 # ---- by command: the place goes to and fro, and nothing is kept here
 
 
@@ -289,7 +251,7 @@ async def dead_letter_command(engine: Engine, request: Mapping[str, Any]) -> dic
         raise BrokerError(f"action must be {LIST}, {RETRY} or {DROP}, not {action!r}")
     if limit.__class__ is not int or limit < 0:
         raise BrokerError("limit must be a whole number from 0")
-    wanted, place = _filter(request.get("filter", {})), _place(request.get("place"))
+    wanted, place = _filter(request.get("filter", {})), cursor_of(request, "place")
     done = DeadLettersDone()
     letters: list[dict[str, Any]] = []
     ends = time.monotonic() + STEP_SECONDS
@@ -319,11 +281,3 @@ def _filter(given: object) -> DeadLetterFilter:
             raise BrokerError(f"filter {name} is not known, or not of its type")
         wanted = replace(wanted, **{name: value})
     return wanted
-
-
-def _place(given: object) -> Cursor | None:
-    if given is None:
-        return None
-    if not isinstance(given, list) or len(given) != 3 or any(each.__class__ is not int or each < 0 for each in given):
-        raise BrokerError("a place is three numbers, as the last answer gave them")
-    return Cursor(*given)

@@ -118,7 +118,6 @@ class Engine:
         self._spool = spool
         self._reader = trio.CapacityLimiter(1)
         self._reads_send, self._reads = trio.open_memory_channel[Read](float("inf"))
-        self.readers: set[Sink] = set()  # who waits for a page of a queue without a connection of the core
         self._touched: list[Sink] = []
         self._alarm = Alarm(
             lambda: self.clock_ms(), config.delivery.clock_check_interval
@@ -286,8 +285,6 @@ class Engine:
             self.error = self.error or BrokerClosed("the broker has stopped")
             self._room.set()
             self.journal.end()
-            for reader in self.readers:
-                reader.fail(self.error)
             self._ended.set()
 
     def fail(self, error: BrokerError) -> None:
@@ -296,8 +293,6 @@ class Engine:
         self._room.set()
         for connection in list(self.core.connections):
             connection.sink.fail(error)
-        for reader in self.readers:
-            reader.fail(error)
 
     async def _while_usable(self, task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a task that does turns; it is over when there are no more, and why is no error of its own.

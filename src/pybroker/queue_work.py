@@ -15,7 +15,7 @@ from pybroker.browser import BrowsedMessage
 from pybroker.core.browsing import BrowsePage, Cursor
 from pybroker.engine import Engine
 from pybroker.errors import BrokerError, BrokerFull
-from pybroker.queue_pages import move_page, read_page
+from pybroker.queue_pages import cursor_of, move_page, read_page
 
 STEP_SECONDS = 1.0  # how long one command works before it says how far it is
 
@@ -82,7 +82,7 @@ async def browse_command(engine: Engine, request: Mapping[str, Any]) -> dict[str
     page = await read_page(
         engine,
         _text(request, "destination"),
-        _cursor(request),
+        cursor_of(request, "cursor"),
         selector=_text(request, "selector"),
         limit=_number(request, "limit"),
     )
@@ -111,7 +111,7 @@ def _row(message: BrowsedMessage, headers_only: bool) -> dict[str, Any]:
 
 async def move_command(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
     """Steps for about `STEP_SECONDS`: ``{"action", "source", "target", "selector", "limit", "cursor"}``."""
-    moved, cursor = Moved(), _cursor(request)
+    moved, cursor = Moved(), cursor_of(request, "cursor")
     limit = _number(request, "limit")
     ends = time.monotonic() + STEP_SECONDS
     while True:
@@ -145,12 +145,3 @@ def _number(request: Mapping[str, Any], name: str) -> int:
     if value.__class__ is not int or value < 0:
         raise BrokerError(f"{name} must be a whole number from 0")
     return int(value)
-
-
-def _cursor(request: Mapping[str, Any]) -> Cursor | None:
-    value = request.get("cursor")
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != 3 or any(each.__class__ is not int or each < 0 for each in value):
-        raise BrokerError("a cursor is three numbers, as the last answer gave them")
-    return Cursor(*value)
