@@ -113,7 +113,8 @@ class LocalClient(Client):
         message = make_message(destination, body, headers, durable, priority, expires)
         await self._wait_room(message)
         core = self._begin_turn()
-        self._note_producers(core, [message])
+        if core.watched:
+            self._note_producers(core, [message])
         stored = core.send(message)
         await self._committed(core)
         return Confirmation(message.message_id.decode(), stored)
@@ -178,12 +179,11 @@ class LocalClient(Client):
         await self._committed(core)
 
     async def _open_temporary(self, kind: str, lost: Callable[[BrokerError | None], None] | None) -> str:
-        core = (
-            self._begin_turn()
-        )  # (`lost` is of no use: who waits is told by what it waits for, and the client is over)
+        # `lost` is of no use: who waits is told by what it waits for, and the client is over.
+        await trio.lowlevel.checkpoint()  # first: nobody would delete it if this were cancelled behind it
+        core = self._begin_turn()
         name = core.temporaries.create(self._running_connection, kind, secrets.token_hex(16))
         self._running.end_turn()
-        await trio.lowlevel.checkpoint()
         return name
 
     def _close_temporary(self, name: str) -> None:
@@ -222,8 +222,7 @@ class LocalClient(Client):
         return NotLeader("this client's leadership has ended, and a new one has begun here: make another client")
 
     def _note_producers(self, core: Core, messages: Sequence[Message]) -> None:
-        if core.watched:
-            core.advisories.producers(self._running_connection, [message.destination for message in messages])
+        core.advisories.producers(self._running_connection, [message.destination for message in messages])
 
     async def _wait_room(self, message: Message) -> None:
         engine = self._running
@@ -317,7 +316,8 @@ class LocalPublisher(Publisher):
         await self._wait_below(self._max)
         await self._client._wait_room(message)
         core = self._client._begin_turn()
-        self._client._note_producers(core, [message])
+        if core.watched:
+            self._client._note_producers(core, [message])
         core.send(message)
         self._sent(core, 1)
         return message.message_id.decode()
@@ -338,7 +338,8 @@ class LocalPublisher(Publisher):
             await self._client._wait_room(made[at])
             core = self._client._begin_turn()
             stop = min(at + self._max - self.in_flight, at + engine.config.limits.turn_messages_max, len(made))
-            self._client._note_producers(core, made[at:stop])
+            if core.watched:
+                self._client._note_producers(core, made[at:stop])
             start = at
             crowded = core.crowded
             room = engine.config.limits.batch_bytes_max
@@ -407,7 +408,8 @@ class LocalTransaction(ClientTransaction):
         message = make_message(destination, body, headers, durable, priority, expires)
         await self._client._wait_room(message)
         core = self._client._begin_turn()
-        self._client._note_producers(core, [message])
+        if core.watched:
+            self._client._note_producers(core, [message])
         core.send_later(self._client._running_connection, message, self._name)
         await trio.lowlevel.checkpoint()
 
