@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from pybroker.destination import TEMPORARY_QUEUE
-from pybroker.errors import BrokerError, InvalidMessage, RequestTimeout, SendInDoubt
+from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, RequestTimeout, SendInDoubt, SubscriptionError
 from pybroker.subscription import ReceivedMessage, Subscription
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ class Requests:
     async def _open(self) -> None:
         """Make the queue for replies, the first time and after it was lost."""
         async with self._opening:
-            if self._subscription is not None:
+            if self._subscription is not None and not self._subscription.ended:
                 return
+            self._forget(SubscriptionError("nothing reads it any more"))
             name = await self._client._open_temporary(TEMPORARY_QUEUE, self._lost)
             try:
                 subscription = self._client.subscribe(name, ack="auto")
@@ -118,10 +119,19 @@ class Requests:
                 for message in await self._subscription.receive_batch(READ_MAX):
                     self._take(message)
             except BrokerError as error:
-                self._subscription = None
-                self._fail(error)
+                self._forget(error)
             finally:
                 self._reading = False
+
+    def _forget(self, error: BrokerError) -> None:
+        """The subscription has ended, and with it the way of all replies that have not come; the next request makes another."""
+        if self._subscription is not None:
+            self._subscription = None
+            self._client._close_temporary(self._name)
+            if not isinstance(error, BrokerClosed):  # which says it of everything
+                what = "the request may have been carried out; its reply is dropped"
+                error = SendInDoubt(f"the queue for replies is lost ({error}): {what}")
+            self._fail(error)
 
     def _take(self, message: ReceivedMessage) -> None:
         pending = self._pending.get(message.header(CORRELATION_ID) or "")

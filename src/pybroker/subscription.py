@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
 
-from pybroker.errors import UnknownDelivery
+from pybroker.errors import BrokerError, UnknownDelivery
 from pybroker.message import Message
 from pybroker.message_view import MessageView
 
@@ -47,6 +47,12 @@ class Subscription(ABC):
     """Messages of one destination. Used as an async context manager; leaving it returns what was not acknowledged."""
 
     destination: str
+    _error: BrokerError | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was left, or something ended it: nothing new comes."""
+        return self._error is not None
 
     @abstractmethod
     async def __aenter__(self) -> Subscription: ...

@@ -277,3 +277,45 @@ async def test_a_temporary_queue_is_made_again_under_its_name(autojump_clock: Mo
                     assert await nothing_comes(replies)
         await world.stop()
         nursery.cancel_scope.cancel()
+
+
+async def test_where_the_queue_for_replies_was_lost_the_next_request_makes_another(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        world = World("native", nursery)
+        broker = await world.start(limits={"temporary_destinations_max": 1})
+        async with wires() as net:
+            net.serve_broker(A, broker)
+            async with net.client(A) as asker, broker.connect() as other, other.subscribe(Q) as requests:
+
+                async def ask(body: bytes) -> bytes:
+                    async with trio.open_nursery() as serving:
+                        serving.start_soon(serve_one, other, requests)
+                        return (await asker.request(Q, body, timeout=5)).body
+
+                async def lose() -> None:
+                    engine = broker._running()
+                    core = engine.begin_turn()
+                    (consumer,) = core.by_destination[asker._requests._name].consumers
+                    core.closing.append((consumer, SubscriptionError("the broker ended it")))
+                    engine.end_turn()
+                    await trio.sleep(1)
+
+                assert await ask(b"first") == b"FIRST"
+                await lose()  # while nobody reads
+                assert await ask(b"second") == b"SECOND"
+                assert len(asker._lifeline.temporaries._there) == 1
+
+                async def in_doubt() -> None:
+                    with pytest.raises(SendInDoubt, match="may have been carried out"):
+                        await asker.request(Q, b"third", timeout=1_000)
+
+                async with trio.open_nursery() as asking:
+                    asking.start_soon(in_doubt)
+                    asking.start_soon(in_doubt)
+                    for _ in range(2):
+                        await (await requests.receive()).ack()
+                    await lose()
+                assert await ask(b"fourth") == b"FOURTH"
+                assert broker.statistics().temporary_destinations == 1
+        await world.stop()
+        nursery.cancel_scope.cancel()
