@@ -19,7 +19,7 @@ from rich.text import Text
 from pybroker.cli_output import make_console
 from pybroker.control import ask
 from pybroker.destination import QUEUE, parse_destination
-from pybroker.errors import BrokerError
+from pybroker.errors import BrokerError, InvalidDestination
 
 DATA = click.option(
     "--data", "data_dir", required=True, type=click.Path(path_type=Path), help="The broker's data directory."
@@ -68,10 +68,18 @@ def _shown(row: dict[str, Any]) -> str:
     lines = [
         f"{row['message_id']}  {_when(row['timestamp'])}  priority {row['priority']}  {row['size']} bytes  {kind}{out}"
     ]
-    lines += [f"  {name}: {value}" for name, value in row["headers"]]
+    lines += [_printable(f"  {name}: {value}") for name, value in row["headers"]]
     if "body" in row:
-        lines.append("  " + b64decode(row["body"]).decode("utf-8", "backslashreplace"))
+        body = b64decode(row["body"]).decode("utf-8", "backslashreplace")
+        lines.append("  " + "\n".join(map(_printable, body.split("\n"))))
     return "\n".join(lines)
+
+
+def _printable(line: str) -> str:
+    """A line in which what a terminal would obey is escaped."""
+    return "".join(
+        each if each.isprintable() or each == "\t" else each.encode("unicode_escape").decode() for each in line
+    )
 
 
 def _when(timestamp_ms: int) -> str:
@@ -107,8 +115,10 @@ def list_queues(data_dir: Path, as_json: bool) -> None:
 @JSON
 def show(destination: str, data_dir: Path, as_json: bool) -> None:
     """Show what the queue DESTINATION (/queue/NAME) has; the exit status is 1 when it is not there."""
-    name = parse_destination(destination).name
-    found = [row for row in ask(data_dir, "status")["destinations"] if (row["kind"], row["name"]) == (QUEUE, name)]
+    target = parse_destination(destination)
+    if target.kind != QUEUE:
+        raise InvalidDestination(f"{destination} is no queue: name one, as /queue/NAME")
+    found = [row for row in ask(data_dir, "status")["destinations"] if (row["kind"], row["name"]) == target]
     if not found:
         raise BrokerError(f"there is no {destination}")
     (row,) = found

@@ -45,6 +45,17 @@ def test_browse(broker: ServedBroker):
     assert broker.queue_status("b")["depth"] == 300
 
 
+def test_a_message_does_nothing_to_the_terminal_that_shows_it(broker: ServedBroker):
+    body = "one\ntwo\x1b[2J\r\x9b2J\u202e\tgrüße"
+    run("send", "/queue/t", body, "--header", "note:a\x1b]0;b", "--url", broker.url)
+    text = run("browse", "/queue/t", "--data", broker.data_dir)
+    assert "  one\ntwo\\x1b[2J\\r\\x9b2J\\u202e\tgrüße\n" in text
+    assert "  note: a\\x1b]0;b\n" in text
+    row = json.loads(run("browse", "/queue/t", "--json", "--data", broker.data_dir))
+    assert b64decode(row["body"]).decode() == body
+    assert ["note", "a\x1b]0;b"] in row["headers"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -52,6 +63,7 @@ def test_browse(broker: ServedBroker):
         (("browse", "/queue/a", "--selector", "a ="), "selector"),
         (("queue", "move", "/queue/b", "/queue/b"), "itself"),
         (("queue", "show", "/queue/none"), "there is no /queue/none"),
+        (("queue", "show", "/topic/b"), "is no queue"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(broker: ServedBroker, arguments: tuple[str, ...], words: str):
