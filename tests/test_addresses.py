@@ -84,6 +84,8 @@ def test_options_that_are_given_are_the_base() -> None:
         ("failover:(pybroker://a:1)?dedline=5", "did you mean deadline"),
         ("failover:(pybroker://a:1)?deadline=soon", "option deadline: expected a number of seconds, got 'soon'"),
         ("failover:(pybroker://a:1)?deadline=-1", "seconds above 0 or inf"),
+        ("failover:(pybroker://a:1)?own_set_first=-1", "seconds from 0, got"),
+        ("failover:(pybroker://a:1)?own_set_first=nan", "seconds from 0, got"),
         ("failover:(pybroker://a:1)?deadline=nan", "seconds above 0"),
         ("failover:(pybroker://a:1)?reconnect_delay=inf", "seconds above 0"),
         ("failover:(pybroker://a:1)?reconnect_delay=9", "reconnect_delay_max"),

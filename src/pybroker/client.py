@@ -16,8 +16,8 @@ from typing import Any
 from pybroker.browser import QueueBrowser
 from pybroker.destination import TEMPORARY_QUEUE, TEMPORARY_TOPIC
 from pybroker.errors import BrokerError, InvalidMessage
-from pybroker.message import PRIORITY_DEFAULT, Message, encode_headers
-from pybroker.requests import CORRELATION_ID, REPLY_TO, Requests
+from pybroker.message import PRIORITY_DEFAULT, REPLY_TO, Message, encode_headers
+from pybroker.requests import CORRELATION_ID, Requests
 from pybroker.subscription import ReceivedMessage, Subscription
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]] | None

@@ -59,9 +59,7 @@ class ConnectOptions:
             "close_timeout",
             "own_set_first",
         ):
-            if name == "own_set_first" and self.own_set_first == 0:
-                continue
-            _check_seconds(name, getattr(self, name), infinite=name == "deadline")
+            _check_seconds(name, getattr(self, name), infinite=name == "deadline", zero=name == "own_set_first")
         if not 0.01 <= _check_seconds("heartbeat_interval", self.heartbeat_interval) <= 86_400:
             raise ConfigurationError("option heartbeat_interval: expected 0.01 to 86400 seconds")
         if self.reconnect_delay_max < self.reconnect_delay:
@@ -79,11 +77,11 @@ class ConnectOptions:
             raise ConfigurationError("option discovery_secret: expected text")
 
 
-def _check_seconds(name: str, value: object, infinite: bool = False) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _check_seconds(name: str, value: object, infinite: bool = False, zero: bool = False) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and (value > 0 or (zero and value == 0))
     if not fits or not (infinite or math.isfinite(value)):  # type: ignore[arg-type]
         raise ConfigurationError(
-            f"option {name}: expected seconds above 0{' or inf' if infinite else ''}, got {value!r}"
+            f"option {name}: expected seconds {'from' if zero else 'above'} 0{' or inf' if infinite else ''}, got {value!r}"
         )
     return float(value)  # type: ignore[arg-type]
 

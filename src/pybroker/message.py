@@ -13,6 +13,7 @@ from pybroker.errors import InvalidMessage
 
 PRIORITY_DEFAULT = 4
 PRIORITY_MAX = 9
+REPLY_TO = "reply-to"  # the header that says where a reply goes
 
 _ESCAPES = str.maketrans({"\\": "\\\\", "\r": "\\r", "\n": "\\n", ":": "\\c"})
 

@@ -14,12 +14,12 @@ import trio
 
 from pybroker.destination import TEMPORARY_QUEUE
 from pybroker.errors import BrokerClosed, BrokerError, InvalidMessage, RequestTimeout, SendInDoubt, SubscriptionError
+from pybroker.message import REPLY_TO
 from pybroker.subscription import ReceivedMessage, Subscription
 
 if TYPE_CHECKING:
     from pybroker.client import Client, Headers
 
-REPLY_TO = "reply-to"
 CORRELATION_ID = "correlation-id"
 READ_MAX = 100  # replies that are read at a time
 

@@ -11,8 +11,7 @@ import secrets
 from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection
 from pybroker.destination import local_kind
-from pybroker.message import Message, encode_headers
-from pybroker.protocols.stomp_send import REPLY_TO
+from pybroker.message import REPLY_TO, Message, encode_headers
 
 
 class LocalNames:

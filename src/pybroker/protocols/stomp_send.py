@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pybroker.destination import LOCAL_PREFIXES
 from pybroker.errors import InvalidMessage, ProtocolError
-from pybroker.message import PRIORITY_DEFAULT, PRIORITY_MAX, escape
+from pybroker.message import PRIORITY_DEFAULT, PRIORITY_MAX, REPLY_TO, escape
 from pybroker.protocols.stomp_events import Numbered
 from pybroker.protocols.stomp_headers import decode_head, shown
 from pybroker.protocols.stomp_numbered import NUMBERED, cut_sequence, parse_numbered
@@ -35,7 +35,6 @@ TRANSPORT_HEADERS = frozenset(
     }
 )
 _PROPERTY_HEADERS = frozenset({"expires", "persistent", "priority"})  # passed on, too
-REPLY_TO = "reply-to"
 _EXPIRES_DIGITS_MAX = 18
 _LOCAL_PREFIXES = tuple(LOCAL_PREFIXES)
 _ENTRY_BYTES_MAX = 4096  # longer header lines are not remembered
