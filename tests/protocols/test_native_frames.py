@@ -132,6 +132,14 @@ def encoded(draw: st.DrawFn) -> tuple[bytes, Any]:
     return encode(*chosen), kind(*chosen)
 
 
+def test_a_subscription_without_options_has_no_field_for_them() -> None:
+    """Older brokers know six fields."""
+    plain = wire.encode_subscribe(1, 2, "/queue/q", "auto", options={})
+    assert msgpack.unpackb(plain[4:]) == [12, 1, 2, "/queue/q", "auto", 0, ""]
+    chosen = wire.encode_subscribe(1, 2, "/queue/q", "auto", options={"exclusive": True})
+    assert msgpack.unpackb(chosen[4:])[7:] == [{"exclusive": True}]
+
+
 @given(
     st.builds(
         ConsumerOptions,

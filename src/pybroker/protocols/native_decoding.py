@@ -260,7 +260,7 @@ def _commit(fields: tuple[Any, ...], blocks: HeaderBlocks) -> Commit:
 
 def _subscribe(fields: tuple[Any, ...], _: HeaderBlocks) -> Subscribe:
     options: dict[str, Any] = {}
-    if len(fields) == 7:  # the first clients sent none
+    if len(fields) == 7:  # they may be left out
         options = mapping(fields[6], "options")
         fields = fields[:6]
     request, subscription, destination, ack, prefetch, durable = _fields(fields, 6)

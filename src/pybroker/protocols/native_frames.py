@@ -299,7 +299,8 @@ def encode_subscribe(
     durable: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> bytes:
-    return pack_frame((SUBSCRIBE, request, subscription, destination, ack, prefetch, durable, dict(options or {})))
+    said = (dict(options),) if options else ()  # a broker that knows of none wants six fields
+    return pack_frame((SUBSCRIBE, request, subscription, destination, ack, prefetch, durable, *said))
 
 
 def pack_options(options: ConsumerOptions) -> dict[str, Any]:
