@@ -78,6 +78,14 @@ def options(generator: random.Random) -> dict[str, Any]:
     return {kept: said[kept] if generator.random() < 0.7 else anything(generator)}
 
 
+def cursor(generator: random.Random) -> list[int]:
+    return [number(generator) for _ in range(generator.choice((0, 0, 3, 3, 2)))]
+
+
+def selector(generator: random.Random) -> str:
+    return "" if generator.random() < 0.6 else generator.choice(SELECTORS)
+
+
 def ack(generator: random.Random) -> str:
     return generator.choice(("auto", "individual", "cumulative", ""))
 
@@ -101,6 +109,7 @@ FIELDS: dict[int, tuple[Callable[[random.Random], Any], ...]] = {
     wire.REMOVE: (number, name),
     CREATE: (number, temporary, secret),
     DELETE: (number, destination),
+    wire.BROWSE: (number, destination, selector, number, cursor),
     wire.BYE: (),
     wire.BEAT: (),
     wire.ERROR: (name, name, lambda generator: {}),

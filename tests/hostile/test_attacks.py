@@ -207,11 +207,44 @@ def test_a_destination_of_many(parts: int):
 
     async def action(it: Arena) -> None:
         answers = await it.attack([CONNECT, frame("SEND", f"destination:{text}", "receipt:r")])
-        if b"ERROR" in answers or parts == 10_000:
+        if parts == 10_000:
             refused(answers)
             assert len(it.core.queues) == 1
+        else:
+            assert b"ERROR" not in answers
+            assert b"RECEIPT" in answers
+            assert len(it.core.queues) == 1 + parts  # the witness has one
 
     story(action)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["stomp", "native"])
+def test_many_browsers_that_never_read(native: bool):
+    """So many pages at a time as one connection may, and no more than an outbox has room for."""
+
+    async def action(it: Arena) -> None:
+        async with it.broker.connect() as client:
+            for _ in range(10):
+                await client.send("/queue/b", bytes(1_000))
+        before = set(it.broker._server._connections)
+        async with it.stream(native=native, lockstep=True) as stream:
+            if native:
+                rows = [[wire.BROWSE, number, "/queue/b", "", 0, []] for number in range(1, 200)]
+                data = HELLO + wire.pack(*rows)
+            else:
+                many = [frame("SUBSCRIBE", f"id:{n}", "destination:/queue/b", "browser:true") for n in range(200)]
+                data = CONNECT + b"".join(many)
+            with trio.move_on_after(5):
+                await stream.send_all(data)
+            (connection,) = set(it.broker._server._connections) - before
+            for _ in range(100):
+                await trio.sleep(0.01)
+                size = connection._outbox.size if native else connection._outbox_bytes  # type: ignore[union-attr]
+                assert size <= 20_000 + 3 * 4_000
+            await it.check(gone=False)
+
+    limits = {"outbox_bytes_max": 20_000, "browse_bytes_max": 2_000, "browse_pages_max": 3}
+    story(action, limits=limits)
 
 
 # ---- values
