@@ -74,7 +74,9 @@ def test_the_signature_is_as_the_text_says(announcement: Announcement):
 
 
 def test_the_limits_of_what_can_be_said():
-    wide = SAID._replace(name="ä" * 255, node="n" * 255, urls=("pybroker://" + "h" * 200 + ":1",) * 2)
+    wide = SAID._replace(
+        name="ä" * 255, node="n" * 255, urls=("pybroker://" + ".".join(["h" * 50, *["h" * 49] * 3]) + ":1",) * 2
+    )
     datagram = encode(wide, "default", SECRET)
     assert decode(datagram, "default", SECRET) == wide
     with pytest.raises(ConfigurationError, match="bytes, and 1400 fit: give shorter names"):

@@ -418,14 +418,14 @@ def test_what_can_not_be_announced_is_refused_at_once():
     for wrong in (
         {"name": ""},
         {"urls": []},
-        {"urls": ["pybroker://" + "h" * 240 + f":{port}" for port in range(1, 9)]},
+        {"urls": ["pybroker://" + ".".join(["h" * 60, *["h" * 59] * 3]) + f":{port}" for port in range(1, 9)]},
     ):
         with pytest.raises(ConfigurationError):
             Announcer(DISCOVERY, **{**fields, **wrong})
 
 
 def test_an_announcement_that_fits_only_in_its_youth_is_refused():
-    urls = ["pybroker://" + "h" * 240 + f":{port}" for port in range(1, 6)]
+    urls = ["pybroker://" + ".".join(["h" * 60, *["h" * 59] * 3]) + f":{port}" for port in range(1, 6)]
     short = next(
         size
         for size in range(200, 0, -1)
