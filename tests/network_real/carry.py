@@ -1,6 +1,7 @@
 """Small programs outside, each a process: ``python -m tests.network_real.carry NAME ARGUMENT...``. All URLs are native ones.
 
-``carry FROM TO COUNT [CERTIFICATE,KEY,CA]``  consumes at TO what it sends to FROM: each message once, unchanged and in order
+``carry FROM TO COUNT [CERTIFICATE,KEY,CA]``  subscribes at TO, and sends to FROM when it is told to by a line: each message
+                                               comes once, unchanged and in order
 ``strand FROM TO COUNT``  subscribes at TO, and sends to FROM when it is told to by a line; it acknowledges nothing, and stays
 ``drain AT COUNT``  consumes so many messages, in order, each marked as redelivered
 
@@ -15,6 +16,7 @@ import trio
 
 import pybroker
 from pybroker.client import Client
+from pybroker.subscription import Subscription
 
 Q = "/queue/carried"
 TIMEOUT = 20.0  # seconds
@@ -31,10 +33,14 @@ async def send(client: Client, count: str) -> None:
 
 async def take(client: Client, count: str, *, redelivered: bool) -> None:
     async with client.subscribe(Q) as messages:
-        for body in bodies(count):
-            message = await messages.receive()
-            assert (message.body, message.redelivered) == (body, redelivered), message
-            await message.ack()
+        await take_from(messages, count, redelivered=redelivered)
+
+
+async def take_from(messages: Subscription, count: str, *, redelivered: bool) -> None:
+    for body in bodies(count):
+        message = await messages.receive()
+        assert (message.body, message.redelivered) == (body, redelivered), (message, message.body, message.deliveries)
+        await message.ack()
 
 
 async def carry(source: str, target: str, count: str, files: str = "") -> None:
@@ -42,10 +48,12 @@ async def carry(source: str, target: str, count: str, files: str = "") -> None:
     async with (
         pybroker.connect(source, **tls) as sender,
         pybroker.connect(target, **tls) as receiver,
+        receiver.subscribe(Q) as messages,
         trio.open_nursery() as nursery,
     ):
+        await trio.to_thread.run_sync(sys.stdin.readline)
         nursery.start_soon(send, sender, count)
-        await take(receiver, count, redelivered=False)
+        await take_from(messages, count, redelivered=False)
 
 
 async def strand(source: str, target: str, count: str) -> None:

@@ -121,11 +121,19 @@ class Brokers:
             program.wait()
 
     def carry(self, source: str, target: str, *, tls: dict[str, Path] | None = None) -> None:
-        """Send to one and consume at the other."""
+        """Send to one and consume at the other; in order, so not before the shortest way is known (others may be told of first)."""
         words = [self.url(source, tls is not None), self.url(target, tls is not None), "50"]
         words += [f"{tls['certificate']},{tls['key']},{tls['peer_ca']}"] if tls is not None else []
         with self.outside("carry", *words) as program:
+            self.wait(f"{target}'s demand is known", lambda: self._asked_for(source, target))
+            print("send", file=program.stdin, flush=True)
             assert program.wait(2 * TIMEOUT) == 0, self.told()
+
+    def _asked_for(self, source: str, target: str) -> bool:
+        """Whether a broker knows of demand: the other one's, if they are linked, or what it was told by those between them."""
+        peers = {name: row for name, row in self.peers(source).items() if row["state"] == "linked"}
+        asking = {name for name, row in peers.items() if row["demand_in"]}
+        return target in asking if target in peers else bool(asking)
 
     def told(self) -> str:
         text = []
