@@ -393,7 +393,7 @@ class Engine:
         )
         for record in found.corrupt:
             log.error("a scheduled message: %s; it stays in the store and is not sent", record)
-        self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread)
+        self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread, found.places)
 
     async def _list_schedules(self, request: ScheduleList) -> None:
         start, count_max = request.start, request.count_max

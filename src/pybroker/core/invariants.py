@@ -104,8 +104,11 @@ def _check_schedules(schedules: Schedules) -> int:
     assert schedules._bytes == sum(loaded[number].message.size for _, number in keys), schedules._bytes
     for schedule in stored:
         assert schedule.due >= schedules.record().head, (schedule, schedules.record())
+    for due in (*schedules._bad.values(), *(key[0] for key in schedules.places)):
+        assert due >= schedules.record().head, (due, schedules.record(), "what was mended would not be found")
     if schedules.tail is None:
-        assert len(stored) + schedules.corrupt == schedules.count, (stored, schedules.count)
+        missing = schedules.count - len(stored) - schedules.corrupt
+        assert missing >= 0 if schedules.places else missing == 0, (stored, schedules.corrupt, schedules.count)
         assert page is None, page
     else:
         assert not keys or keys[-1] < schedules.tail, (keys, schedules.tail)

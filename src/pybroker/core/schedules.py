@@ -80,8 +80,7 @@ class Schedules:
     tail         stored ones from this key on are not in memory; None: all are
     waiting      destination to those that are due and for which there is no room in it, in order
     changed      something is due sooner than was known when this was last set to False
-    corrupt      stored ones that could not be read, and so are not sent
-    sent         messages that were sent when they were due
+    places       where something may be missing: the store could not read its index there
     """
 
     def __init__(self, core: Core, record: SchedulingRecord, zone: tzinfo) -> None:
@@ -96,13 +95,13 @@ class Schedules:
         self.waiting: dict[str, deque[Schedule]] = {}
         self.held_up = 0  # how many these are
         self.changed = False
-        self.corrupt = 0
-        self.sent = 0
+        self.places: set[Key] = set()
         self.dirty = False  # the record in the store is out of date
         self._keys: list[Key] = []  # of stored ones in memory that are not due, or not known to be
         self._transient: list[Key] = []  # a heap of non-durable ones; may have keys of cancelled ones
         self._loaded: dict[int, Schedule] = {}  # all in memory but those in `page.added`
-        self._unread: Key | None = None  # the first of those that could not be read
+        self._bad: dict[int, int] = {}  # numbers of those that could not be read, and when they are due
+        self._unread: Key | None = None  # none that could not be read is before it
         self._lookups = 0  # under way
         self._left: set[Key] = set()  # keys of stored ones that went since these began
         limits = core.limits
@@ -120,6 +119,11 @@ class Schedules:
         heads = [schedule.due for queue in self.waiting.values() for schedule in queue]
         heads += [key[0] for key in (*self._keys[:1], self.tail, self._unread) if key is not None]
         return SchedulingRecord(self.next_number, self.count, self.size, min(heads, default=0))
+
+    @property
+    def corrupt(self) -> int:
+        """Stored ones that could not be read, and so are not sent; without those in `places`."""
+        return len(self._bad)
 
     def in_memory(self) -> list[Schedule]:
         """All that memory has, in no order."""
@@ -281,8 +285,12 @@ class Schedules:
         rows: Iterable[Schedule],
         bound: Key | None,
         unread: Iterable[Key] = (),
+        places: Iterable[Key] = (),
     ) -> None:
-        """Take what was read: all stored schedules from the request's start on and below `bound` (None = to the end)."""
+        """Take what was read: all stored schedules from the request's start on and below `bound` (None = to the end).
+
+        `unread` could not be read; from each of `places` on something may be missing.
+        """
         assert request is self.page
         self.page = None
         self.changed = True
@@ -300,10 +308,8 @@ class Schedules:
             key = row.key
             if key not in request.removed and key not in request.added and row.number not in self._loaded:
                 fresh[key] = row
-        for key in unread:
-            if key not in request.removed and (bound is None or key < bound):
-                self.corrupt += 1
-                self._unread = key if self._unread is None else min(key, self._unread)
+                self._bad.pop(row.number, None)  # it was mended since it was read before
+        self._pass_over(unread, places, request, bound)
         for key, schedule in request.added.items():
             self._count(schedule, -1)
             fresh[key] = schedule
@@ -318,6 +324,17 @@ class Schedules:
         if len(self._keys) > self._count_max:
             self._cut(math.inf)  # not for its size: the same page would be read again at once
         self._request_page()
+
+    def _pass_over(
+        self, unread: Iterable[Key], places: Iterable[Key], request: SchedulesRequest, bound: Key | None
+    ) -> None:
+        """Remember what could not be read: no head is stored behind it, so that it is found when it has been mended."""
+        bad = [key for key in unread if key not in request.removed and (bound is None or key < bound)]
+        self._bad.update((number, due) for due, number in bad)
+        unknown = [key for key in places if bound is None or key < bound]
+        self.places.update(unknown)
+        known = [self._unread] if self._unread is not None else []
+        self._unread = min([*known, *bad, *unknown], default=None)
 
     # ---- schedules are due
 
@@ -388,7 +405,6 @@ class Schedules:
                 return False
             else:
                 core.message_keys.send_anyway(_message(schedule, core.now))
-                self.sent += 1
         except BrokerError:  # too many destinations, or the like: it is tried again
             return False
         self._unload(schedule)
