@@ -433,8 +433,11 @@ class Engine:
         """Send what is due, when it is due. The wall clock may be changed at any time, so it is looked at again and again."""
         limits = self.config.limits
         interval = self.config.delivery.clock_check_interval
+        more = False
+        changed = self._schedules_changed
         while not self.journal.closing:
-            changed = self._schedules_changed = trio.Event()
+            if not more:  # else what changes while it goes on is still to be looked at afterwards
+                changed = self._schedules_changed = trio.Event()
             core = self.begin_turn()
             more = core.release_due(limits.turn_messages_max)
             self.end_turn()

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pybroker.core.cron import next_time
 from pybroker.core.invariants import check_invariants
 from pybroker.core.schedule_headers import TIME_MAX, Terms, take_terms
-from pybroker.core.schedules import ScheduleLookup
+from pybroker.core.schedules import ScheduleLookup, Schedules
 from pybroker.errors import BrokerError, InvalidDestination, InvalidMessage, LimitExceeded, StoreDamaged
 from pybroker.message import Message, encode_headers
+from pybroker.operations import Schedule
 from pybroker.store.schedules import due_key, schedule_key
 from tests.core.bench import Bench
 
@@ -225,6 +226,105 @@ def test_what_finds_no_room_waits_in_order_and_holds_up_nobody_else():
         assert bench.bodies(consumer)[-1] == body
         bench.ack(consumer, body)
     assert not len(bench.core.schedules)
+
+
+def test_what_waits_for_room_is_bounded_by_its_bytes_too():
+    bench = Bench(window_bytes_max=1_000, queue_messages_max=1)
+    bench.send("/queue/a", b"first")
+    for _ in range(40):
+        plan(bench, bytes(100), delay=10)
+        bench.settle()
+    pass_time(bench, 10)
+    schedules = bench.core.schedules
+    assert schedules.held_size == 1_000
+    assert sum(each.message.size for each in schedules.in_memory()) < 3_000
+    assert schedules.next_due is None
+    consumer = bench.subscribe("/queue/a", prefetch=1)
+    for _ in range(41):
+        pass_time(bench, 0)
+        bench.ack(consumer, bench.bodies(consumer)[-1])
+    assert len(bench.bodies(consumer)) == 41
+    assert not len(bench.core.schedules)
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_one_turn_sends_about_the_bytes_of_a_window(waited: bool):
+    bench = Bench(window_bytes_max=1_000)
+    for _ in range(10):
+        plan(bench, bytes(300), delay=10, period=1_000, repeat=1)
+        bench.settle()
+    bench.driver.now += 10
+    if waited:
+        bench.driver.core.disk_full = "no room"
+        while bench.core.release_due(100):
+            bench.end()
+        bench.end()
+        bench.driver.core.disk_full = ""
+    turns = 0
+    more = True
+    while more:
+        turns += 1
+        more = bench.core.release_due(100)
+        operations = bench.core.operations
+        messages = [part for operation in operations for part in operation if isinstance(part, Message | Schedule)]
+        sizes = [each.size if isinstance(each, Message) else each.message.size for each in messages]
+        assert sum(sizes) < 1_000 + 2 * 400
+        bench.end()
+        bench.settle()
+        more = more or bench.driver.core.schedules.changed
+        bench.driver.core.schedules.changed = False
+    assert bench.queue("/queue/a").depth == 10
+    assert turns >= 5
+
+
+def test_one_turn_tries_few_of_those_that_wait_and_the_next_one_goes_on(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(queue_messages_max=1)
+    for number in range(10):
+        bench.send(f"/queue/{number}", b"first")
+        plan(bench, b"second", f"/queue/{number}", delay=10)
+    pass_time(bench, 10)
+    tried: list[str] = []
+    run = Schedules._run
+
+    def watched(schedules: Schedules, schedule: Schedule) -> bool:
+        tried.append(schedule.message.destination)
+        return run(schedules, schedule)
+
+    monkeypatch.setattr(Schedules, "_run", watched)
+    for _ in range(3):
+        for more in (True, True, False):
+            before = len(tried)
+            assert bench.core.release_due(4) is more
+            bench.end()
+            assert len(tried) - before <= 4
+        assert tried == [f"/queue/{number}" for number in range(10)]
+        tried.clear()
+    plan(bench, b"other", "/queue/free", delay=1)
+    pass_time(bench, 1)
+    assert bench.queue("/queue/free").depth == 1
+
+
+@pytest.mark.parametrize("limit", ["disk", "store"])
+def test_a_series_begins_only_where_there_is_room_for_it(limit: str):
+    bench = Bench(store_bytes_max=1_000 if limit == "store" else 0)
+    plan(bench, bytes(600), cron="* * * * *", repeat=1, period=36_000_000)
+    if limit == "store":
+        plan(bench, bytes(600), delay=72_000_000)
+    else:
+        bench.driver.core.disk_full = "no room"
+    stored = bench.core.stored_bytes
+    for _ in range(5):
+        pass_time(bench, MINUTE)
+    assert bench.core.stored_bytes == stored
+    assert bench.core.schedules.held_up == 1
+    if limit == "store":
+        assert bench.core.schedules.cancel(2)
+        bench.end()
+    else:
+        bench.driver.core.disk_full = ""
+    pass_time(bench, 0)
+    assert bench.core.stored_bytes == 1_200
+    assert not bench.core.schedules.held_up
 
 
 def test_a_store_that_is_full_of_schedules_gets_rid_of_them():

@@ -89,6 +89,7 @@ def _check_schedules(schedules: Schedules) -> int:
     assert keys == sorted(set(keys)), keys
     waiting = [schedule for queue in schedules.waiting.values() for schedule in queue]
     assert schedules.held_up == len(waiting), (schedules.held_up, waiting)
+    assert schedules.held_size == sum(schedule.message.size for schedule in waiting), (schedules.held_size, waiting)
     assert all(schedules.waiting.values()), schedules.waiting
     transient = {key[1] for key in schedules._transient} & loaded.keys()
     parts = [{number for _, number in keys}, transient, {schedule.number for schedule in waiting}]

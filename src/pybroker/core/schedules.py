@@ -94,6 +94,7 @@ class Schedules:
         self.transient = 0
         self.waiting: dict[str, deque[Schedule]] = {}
         self.held_up = 0  # how many these are
+        self.held_size = 0  # bytes of their messages
         self.changed = False
         self.places: set[Key] = set()
         self.dirty = False  # the record in the store is out of date
@@ -108,6 +109,8 @@ class Schedules:
         self._count_max = max(limits.window_messages_max, 1)
         self._size_max = max(limits.window_bytes_max, 1)
         self._bytes = 0  # of messages of `_keys`
+        self._round: list[str] = []  # destinations that are still to be tried before any of `waiting` is tried again
+        self._written = 0  # bytes of messages that this release has sent or stored
         core.stored_bytes += self.size
         self._request_page()
 
@@ -209,6 +212,7 @@ class Schedules:
 
     def _put(self, schedule: Schedule, due_before: int) -> None:
         self.core.operations.append((PUT_SCHEDULE, schedule, due_before))
+        self._written += schedule.message.size
         if due_before:
             self._left_its_place((due_before, schedule.number))
         self._touch()
@@ -341,24 +345,25 @@ class Schedules:
     @property
     def next_due(self) -> int | None:
         """When `release` has something to do again, as far as memory knows; None: not before something changes."""
-        if self.held_up >= self._count_max:
+        if self.held_up >= self._count_max or self.held_size >= self._size_max:
             return None
         self._forget_cancelled()
         return min((keys[0][0] for keys in (self._keys, self._transient) if keys), default=None)
 
     def release(self, count_max: int) -> bool:
-        """Send what is due, at most so many. True when there is more to be sent at once."""
+        """Send what is due, at most so many and the bytes of a window. True when there is more to be done at once."""
+        self._written = 0
         more = self._release(count_max)
         self._request_page()
         return more
 
     def _release(self, count_max: int) -> bool:
         count = self._release_waiting(count_max)
-        if count >= count_max:
+        if self._round:
             return True
         now = self.core.now
         while (due := self.next_due) is not None and due <= now:
-            if count >= count_max:
+            if count >= count_max or self._written >= self._size_max:
                 return True
             count += 1
             schedule = self._pop()
@@ -369,8 +374,12 @@ class Schedules:
             if behind is None:
                 behind = self.waiting[destination] = deque()
             behind.append(schedule)
-            self.held_up += 1
+            self._hold_up(schedule, 1)
         return False
+
+    def _hold_up(self, schedule: Schedule, sign: int) -> None:
+        self.held_up += sign
+        self.held_size += sign * schedule.message.size
 
     def _pop(self) -> Schedule:
         """The first one, which stays counted as in memory."""
@@ -382,29 +391,40 @@ class Schedules:
         return self._loaded[heappop(transient)[1]]
 
     def _release_waiting(self, count_max: int) -> int:
-        """Try again what found no room, each destination in order."""
-        count = 0
-        for destination, queue in list(self.waiting.items()):
-            while queue and count < count_max and self._run(queue[0]):
-                queue.popleft()
-                self.held_up -= 1
-                count += 1
-            if not queue:
+        """Try again what found no room, each destination in order; returns how many were sent.
+
+        At most so many tries: the next call goes on with `_round`, until each destination had its turn.
+        """
+        sent = 0
+        if not self._round:
+            self._round = list(reversed(self.waiting))
+        for _ in range(count_max):
+            if not self._round or self._written >= self._size_max:
+                break
+            destination = self._round[-1]
+            queue = self.waiting.get(destination)  # None: what waited was cancelled
+            if queue is not None and self._run(queue[0]):
+                sent += 1
+                self._hold_up(queue.popleft(), -1)
+                if queue:
+                    continue
                 del self.waiting[destination]
-        return count
+            self._round.pop()
+        return sent
 
     def _run(self, schedule: Schedule) -> bool:
         """Send a message that is due, and move its schedule on or take it away; False, and nothing done, if there is no room."""
         core = self.core
         successor = self._successor(schedule)
-        begins = schedule.cron and (schedule.delay or schedule.left)
+        begins = bool(schedule.cron and (schedule.delay or schedule.left))
         try:
             if begins:
                 self._check_room(1)
-            elif self._no_room(schedule, successor):
+            if self._no_room(schedule, successor, begins):
                 return False
-            else:
+            if not begins:
                 core.message_keys.send_anyway(_message(schedule, core.now))
+                self._written += schedule.message.size
         except BrokerError:  # too many destinations, or the like: it is tried again
             return False
         self._unload(schedule)
@@ -432,17 +452,17 @@ class Schedules:
             due += ((now - due) // schedule.period + 1) * schedule.period
         return replace(schedule, due=due, left=max(schedule.left - 1, -1))
 
-    def _no_room(self, schedule: Schedule, successor: Schedule | None) -> bool:
-        """Whether the message has to wait. One that is only moved takes no more of the store or the memory than before."""
+    def _no_room(self, schedule: Schedule, successor: Schedule | None, begins: bool) -> bool:
+        """Whether it has to wait. What is only moved takes no more of the store or the memory than before.
+
+        A series that begins (`begins`) has no need of room at its destination yet.
+        """
         core = self.core
-        limits = core.limits
-        if core.memory_bytes > limits.memory_bytes_max:
+        if core.memory_bytes > core.limits.memory_bytes_max:
             core.shrink()
-        if core.disk_full:
+        if core.disk_full or (successor is not None and core.full_broker() is not None):
             return True
-        if successor is not None:
-            return core.full(successor.message) is not None
-        return core.full_destinations(schedule.message) is not None
+        return not begins and core.limits_destinations and core.full_destinations(schedule.message) is not None
 
     # ---- schedules go
 
@@ -471,7 +491,7 @@ class Schedules:
         queue = self.waiting.get(schedule.message.destination)
         if queue is not None and schedule in queue:
             queue.remove(schedule)
-            self.held_up -= 1
+            self._hold_up(schedule, -1)
             if not queue:
                 del self.waiting[schedule.message.destination]
         elif schedule.message.durable:
