@@ -19,6 +19,8 @@ from pybroker.core.schedules import ScheduleLookup, Schedules
 from pybroker.errors import BrokerError, InvalidDestination, InvalidMessage, LimitExceeded, StoreDamaged
 from pybroker.message import Message, encode_headers
 from pybroker.operations import Schedule
+from pybroker.store.backend import Change
+from pybroker.store.format import encode_number
 from pybroker.store.schedules import due_key, schedule_key
 from tests.core.bench import Bench
 
@@ -545,3 +547,33 @@ def pass_damaged(bench: Bench, milliseconds: int) -> None:
         if not more and not bench.driver.core.schedules.changed:
             return
         bench.driver.core.schedules.changed = False
+
+
+@pytest.mark.parametrize("damage", ["bad", "missing", "another time"])
+def test_one_that_the_index_does_not_have_can_be_cancelled(damage: str):
+    bench = Bench()
+    plan(bench, b"x", delay=1_000)
+    plan(bench, b"y", delay=2_000)
+    bench.settle()
+    backend = bench.driver.backend
+    due = bench.driver.now + 1_000
+    row = due_key(due, 1)
+    other = due_key(due + 500, 1)
+    changes: dict[str, list[Change]] = {
+        "bad": [(row, b"bad")],
+        "missing": [(row, None)],
+        "another time": [(row, None), (other, encode_number(other, 1))],
+    }
+    backend.write(backend.new_batch(changes[damage]), True)
+    bench.driver.open()
+    bench.driver.settle()
+    answers: list[bool] = []
+    for _ in range(2):
+        bench.core.schedules.look_up(ScheduleLookup(1, answers.append))
+        bench.driver.end_turn()
+        bench.driver.settle()
+    assert answers == [True, False]
+    bench.settle()
+    assert (len(bench.core.schedules), bench.core.schedules.corrupt) == (1, 0)
+    pass_time(bench, 5_000)
+    assert bench.queue("/queue/a").depth == 1

@@ -525,7 +525,7 @@ class Schedules:
         cancelled = self.cancel(number)
         if not cancelled and found is not None:
             cancelled = self._cancel_stored(found)
-            if not cancelled:  # it was sent or cancelled meanwhile, or has another time now, which is not in memory
+            if not cancelled:  # it was sent or cancelled while it was looked up, or has another time now
                 self.look_up(lookup)
                 return
         if not self._lookups:
@@ -533,9 +533,12 @@ class Schedules:
         lookup.done(cancelled)
 
     def _cancel_stored(self, found: Schedule) -> bool:
-        """Take away one that is behind those in memory; False when it is not there any more."""
+        """Take away one that memory does not have; False when it has left its place since it was looked up.
+
+        One that is before `tail` should be in memory: it is not when its row of the index is bad or missing.
+        """
         key = found.key
-        if self.tail is None or key < self.tail or key in self._left:
+        if key in self._left:
             return False
         page = self.page
         added = page.added.pop(key, None) if page is not None else None
@@ -543,6 +546,9 @@ class Schedules:
             page.added_size -= added.message.size
             self._count(added, -1)
         self._removed(found.number, found.due, found.message.size)
+        due = self._bad.pop(found.number, found.due)
+        if due != found.due:  # the row has another time
+            self.core.operations.append((DELETE_SCHEDULE, found.number, due))
         self.core.freed = True
         return True
 
