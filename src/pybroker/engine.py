@@ -400,6 +400,8 @@ class Engine:
         found = await self._in_reader(
             lambda: self.store.read_schedules(start, count_max, self.config.limits.window_bytes_max)
         )
+        for record in found.corrupt:
+            log.error("a scheduled message: %s; it is left out of the list", record)
         bound = found.next_key
         others = [each for each in self.core.schedules.in_memory() if not each.message.durable and each.key >= start]
         rows = [*found.schedules, *(each for each in others if bound is None or each.key < bound)]
