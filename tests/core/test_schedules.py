@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pybroker.core.cron import next_time
 from pybroker.core.invariants import check_invariants
 from pybroker.core.schedule_headers import TIME_MAX, Terms, take_terms
 from pybroker.core.schedules import ScheduleLookup, Schedules
@@ -85,28 +80,6 @@ def test_what_can_not_be_meant_is_refused(headers: dict[str, str]):
     bench.end()
     assert not len(bench.core.schedules)
     assert not bench.core.queues
-
-
-@given(st.text("0123456789*/,-LW# ", max_size=30), st.integers(0, 10**15))
-def test_no_expression_raises_anything_else(expression: str, after: int):
-    try:
-        found = next_time(expression, after, UTC)
-    except InvalidMessage:
-        return
-    assert found is None or found > after
-
-
-def test_cron_times_in_a_time_zone_with_its_changes_of_the_clock():
-    berlin = ZoneInfo("Europe/Berlin")
-
-    def at(text: str) -> int:
-        return int(datetime.fromisoformat(text).timestamp() * 1_000)
-
-    assert next_time("30 8 * * 1-5", at("2026-01-02T12:00+01:00"), berlin) == at("2026-01-05T08:30+01:00")
-    # 02:30 does not exist on that night: it is done at the first moment that does.
-    assert next_time("30 2 * * *", at("2026-03-28T12:00+01:00"), berlin) == at("2026-03-29T03:00+02:00")
-    assert next_time("* * * * *", at("2026-03-29T01:59+01:00"), berlin) == at("2026-03-29T03:00+02:00")
-    assert next_time("0 0 1 1 *", 10**17, UTC) is None, "beyond the calendar"
 
 
 # ---- when it comes
