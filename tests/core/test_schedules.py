@@ -334,6 +334,19 @@ def test_limits():
     assert [schedule.message.body for schedule in bench.core.schedules.in_memory()] == [b"5"]
 
 
+def test_the_shortest_period():
+    bench = Bench(schedule_period_min=0.5)
+    for wrong in ({"period": 499, "repeat": -1}, {"cron": "* * * * *", "period": 1, "repeat": 1}):
+        with pytest.raises(LimitExceeded, match=r"limits\.schedule_period_min"):
+            plan(bench, b"too often", **wrong)
+        block = encode_headers([(f"AMQ_SCHEDULED_{name.upper()}", str(value)) for name, value in wrong.items()])
+        with pytest.raises(LimitExceeded):
+            bench.core.check(Message("/queue/a", b"", block))
+    for right in ({"period": 1}, {"delay": 1}, {"period": 500, "repeat": -1}):
+        plan(bench, b"x", **right)
+    assert len(bench.core.schedules) == 3
+
+
 # ---- memory, and cancelling
 
 

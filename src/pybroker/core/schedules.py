@@ -137,6 +137,10 @@ class Schedules:
     def _terms(self, message: Message) -> tuple[Terms | None, bytes]:
         """What a message says of a schedule, and its header block without that. Raises InvalidMessage."""
         terms, block = take_terms(message.header_block)
+        shortest = self.core.limits.schedule_period_min
+        if terms is not None and terms.repeat and terms.period < shortest * 1_000:
+            text = f"{terms.period} ms between two sendings are too few: give a longer period, or lower the limit"
+            raise LimitExceeded("limits.schedule_period_min", shortest, text)
         if terms is not None and terms.cron and next_time(terms.cron, self.core.now, self.zone) is None:
             raise InvalidMessage(f"the cron expression {terms.cron!r} has no time that ever comes")
         return terms, block
