@@ -340,7 +340,8 @@ class Schedules:
         bad = [key for key in unread if key not in request.removed and (bound is None or key < bound)]
         self._bad.update((number, due) for due, number in bad)
         unknown = [key for key in places if bound is None or key < bound]
-        self.places.update(unknown)
+        others = [key for key in self.places if key < request.start or (bound is not None and key >= bound)]
+        self.places = {*others, *unknown}
         known = [self._unread] if self._unread is not None else []
         self._unread = min([*known, *bad, *unknown], default=None)
 
