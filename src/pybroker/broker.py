@@ -123,6 +123,7 @@ class Broker:
             unclaimed=core.temporaries.unclaimed,
             temporary_destinations=sum(len(each.temporaries) for each in core.connections),
             scheduled=len(core.schedules),
+            scheduled_corrupt=core.schedules.corrupt + len(core.schedules.places),
             advisories_suppressed=core.advisories.suppressed,
             duplicates=core.duplicates,
             dropped=self._dropped,

@@ -156,6 +156,7 @@ def status(data_dir: Path, as_json: bool) -> None:
         "stored_bytes",
         "spooled_bytes",
         "scheduled",
+        "scheduled_corrupt",
     ):
         console.print(f"{key}: {answer[key]}", highlight=False)
     for url in answer["listeners"]:

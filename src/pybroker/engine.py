@@ -388,13 +388,15 @@ class Engine:
         )
         for record in found.corrupt:
             log.error("a scheduled message: %s; it stays in the store and is not sent", record)
-        self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread)
+        self.begin_turn().schedules.loaded(request, found.schedules, found.next_key, found.unread, found.places)
 
     async def _list_schedules(self, request: ScheduleList) -> None:
         start, count_max = request.start, request.count_max
         found = await self._in_reader(
             lambda: self.store.read_schedules(start, count_max, self.config.limits.window_bytes_max)
         )
+        for record in found.corrupt:
+            log.error("a scheduled message: %s; it is left out of the list", record)
         bound = found.next_key
         others = [each for each in self.core.schedules.in_memory() if not each.message.durable and each.key >= start]
         rows = [*found.schedules, *(each for each in others if bound is None or each.key < bound)]
@@ -428,8 +430,11 @@ class Engine:
         """Send what is due, when it is due. The wall clock may be changed at any time, so it is looked at again and again."""
         limits = self.config.limits
         interval = self.config.delivery.clock_check_interval
+        more = False
+        changed = self._schedules_changed
         while not self.journal.closing:
-            changed = self._schedules_changed = trio.Event()
+            if not more:  # else what changes while it goes on is still to be looked at afterwards
+                changed = self._schedules_changed = trio.Event()
             core = self.begin_turn()
             more = core.release_due(limits.turn_messages_max)
             self.end_turn()

@@ -30,7 +30,7 @@ class LimitExceeded(ProtocolError):
 
     code = "limit"
 
-    def __init__(self, limit: str, value: int, what: str) -> None:
+    def __init__(self, limit: str, value: float, what: str) -> None:
         super().__init__(f"{what}: limit {limit} is {value}")
         self.limit = limit
         self.value = value

@@ -49,7 +49,7 @@ async def schedules(engine: Engine, limit: int, after: tuple[int, int] | None) -
     """The next `limit` schedules in order of time, those behind `after` (due, number), as they are committed."""
     if limit < 1:
         raise BrokerError(f"a list of schedules has at least one, not {limit}")
-    found: list[Schedule] = []
+    found: list[ScheduledMessage] = []
     start: tuple[int, int] | None = (0, 0) if after is None else (after[0], after[1] + 1)
     while start is not None and len(found) < limit:
         page = _Page()
@@ -59,7 +59,7 @@ async def schedules(engine: Engine, limit: int, after: tuple[int, int] | None) -
             raise BrokerClosed("the broker's store failed, or it stopped")
         found += page.rows
         start = page.next_key
-    return tuple(map(_shown, found))
+    return tuple(found)
 
 
 def _shown(schedule: Schedule) -> ScheduledMessage:
@@ -81,13 +81,15 @@ def _shown(schedule: Schedule) -> ScheduledMessage:
 
 
 class _Page:
+    """Has what is shown of the schedules, and not their messages."""
+
     def __init__(self) -> None:
         self.come = trio.Event()
-        self.rows: list[Schedule] = []
+        self.rows: list[ScheduledMessage] = []
         self.next_key: tuple[int, int] | None = None
 
     def take(self, rows: list[Schedule], next_key: tuple[int, int] | None) -> None:
-        self.rows = rows
+        self.rows = [_shown(each) for each in rows]
         self.next_key = next_key
         self.come.set()
 

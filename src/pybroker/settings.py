@@ -65,6 +65,7 @@ ZERO_ALLOWED = {  # a number must be above zero, except these
     "limits.disk_free_bytes_min",
     "limits.queue_messages_max",
     "limits.full_timeout",
+    "limits.schedule_period_min",
     "replica_set.scrub_interval",
 }
 AT_LEAST: dict[str, float] = {

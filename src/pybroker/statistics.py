@@ -54,6 +54,7 @@ class BrokerStatistics:
     unclaimed   messages to temporary destinations that nobody took: their owner was gone, or went with them waiting
     temporary_destinations  that clients of this broker have at present
     scheduled   messages that are to be sent later
+    scheduled_corrupt  of these could not be read, and so are not sent; an unreadable place, whatever is there, counts as one
     advisories_suppressed  that were left out for `limits.advisories_per_second`
     duplicates  sends that their producers repeated, and that were not stored again
     dropped  non-durable messages that were lost with a leadership, or when the store failed and was opened again
@@ -76,6 +77,7 @@ class BrokerStatistics:
     unclaimed: int
     temporary_destinations: int
     scheduled: int
+    scheduled_corrupt: int
     advisories_suppressed: int
     duplicates: int
     dropped: int
@@ -116,7 +118,8 @@ def _bytes(queue: Queue) -> int:
     """Stored ones by the queue's count; of the others those in memory and in the spool."""
     if not queue.transient:
         return queue.size
-    loose = [*queue.window, *queue.outstanding.values()]
+    added = queue.page.added.values() if queue.page is not None else ()  # while a page is read
+    loose = [*queue.window, *queue.outstanding.values(), *added]
     size: int = sum(entry.message.size for entry in loose if not entry.stored and not entry.spooled)
     return queue.size + queue.spooled_size + size
 

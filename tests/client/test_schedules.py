@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from trio.testing import MockClock
 from pybroker.broker import Broker
 from pybroker.engine import wall_clock_ms
 from pybroker.errors import BrokerError, InvalidMessage, LimitExceeded
+from pybroker.store import schedules as store_schedules
 from tests.client.conftest import World
 from tests.client.support import bodies, nothing_comes
 from tests.engine.support import Disk, broker_on, check, check_empty, engine_of
@@ -172,6 +174,39 @@ async def test_a_clock_that_is_changed(autojump_clock: MockClock) -> None:
         start = trio.current_time()
         assert await bodies(messages, 1) == [2]
         assert trio.current_time() - start == pytest.approx(600, abs=2), "it is the wall clock that counts"
+
+
+async def test_a_list_keeps_no_messages_and_names_what_it_can_not_show(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twenty of half a megabyte each: no more than a page of them is in memory."""
+    async with broker_on(Disk(), limits={"window_bytes_max": 1_000_000}) as broker, broker.connect() as client:
+        for number in range(20):
+            await client.send(Q, bytes(500_000), after(100 + number))
+        tracemalloc.start()
+        assert len(await broker.schedules()) == 20
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5_000_000
+        backend = engine_of(broker).store.backend
+        backend.write(backend.new_batch([(store_schedules.schedule_key(7), b"bad")]), True)
+        assert [each.schedule_id for each in await broker.schedules(7)] == ["1", "2", "3", "4", "5", "6", "8"]
+        assert "it is left out of the list" in caplog.text
+
+
+async def test_what_can_not_be_read_is_in_the_statistics(autojump_clock: MockClock) -> None:
+    disk = Disk()
+    async with broker_on(disk) as broker, broker.connect() as client:
+        await client.send(Q, b"1", after(1_000))
+        await client.send(Q, b"2", after(1_000))
+        assert broker.statistics().scheduled_corrupt == 0
+        backend = engine_of(broker).store.backend
+        changes = [(store_schedules.schedule_key(1), b"bad"), (store_schedules.due_key(2**62, 1)[:9], b"no such key")]
+        backend.write(backend.new_batch(changes), True)
+    async with broker_on(disk) as broker, broker.connect() as client:
+        await client.send(Q, b"3", after(1_000))
+        assert broker.statistics().scheduled_corrupt == 2
+        assert [each.schedule_id for each in await broker.schedules()] == ["2", "3"]
 
 
 async def test_a_full_queue_is_tried_again_when_there_is_room(autojump_clock: MockClock) -> None:

@@ -334,7 +334,7 @@ class Driver:
         request, stored, transient = read.request, read.stored, read.transient
         core = self.begin_turn()
         if isinstance(request, SchedulesRequest):
-            core.schedules.loaded(request, stored.schedules, stored.next_key, stored.unread)
+            core.schedules.loaded(request, stored.schedules, stored.next_key, stored.unread, stored.places)
         elif isinstance(request, ScheduleLookup):
             core.schedules.looked_up(request, stored)
         elif isinstance(request, DueRequest):

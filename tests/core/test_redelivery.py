@@ -220,3 +220,37 @@ def test_a_consumer_that_leaves_a_stalled_queue_is_forgotten():
     b.wait(1_000)
     b.settle()
     assert (b.bodies(consumer), b.bodies(other)) == ([b"1"], [b"1"])
+
+
+# ---- the clock
+
+
+def test_a_clock_that_is_put_back_lets_nothing_wait_longer():
+    b = bench(redelivery_delay=30, redelivery_delay_max=60, redelivery_waiting_max=1)
+    consumer = b.subscribe("/queue/a")
+    b.send("/queue/a", b"1", b"2")
+    b.settle()
+    b.nack(consumer, b"1")
+    b.wait(10_000)
+    b.wait(-86_400_000)
+    b.wait(19_999)
+    b.settle()
+    assert (b"1", 1) not in b.seen(consumer)
+    b.wait(1)
+    b.settle()
+    assert b.seen(consumer).count((b"1", 1)) == 1
+    assert b.queue("/queue/a").stalled is None
+
+
+def test_what_waits_when_the_clock_is_put_back_unseen_waits_no_longer_than_the_longest_delay():
+    b = bench(redelivery_delay=30, redelivery_delay_max=30)
+    consumer = b.subscribe("/queue/a")
+    b.send("/queue/a", b"1", b"2")
+    b.settle()
+    b.driver.now += 1_000
+    b.nack(consumer, b"1")
+    b.driver.now -= 86_400_000
+    b.nack(consumer, b"2")  # the first time that the new time is seen
+    b.wait(30_000)
+    b.settle()
+    assert sorted(b.seen(consumer)) == [(b"1", 0), (b"1", 1), (b"2", 0), (b"2", 1)]

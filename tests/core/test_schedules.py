@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from zoneinfo import ZoneInfo
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pybroker.core.cron import next_time
+from pybroker.core.invariants import check_invariants
 from pybroker.core.schedule_headers import TIME_MAX, Terms, take_terms
-from pybroker.core.schedules import ScheduleLookup
-from pybroker.errors import BrokerError, InvalidDestination, InvalidMessage, LimitExceeded
+from pybroker.core.schedules import ScheduleLookup, Schedules
+from pybroker.errors import BrokerError, InvalidDestination, InvalidMessage, LimitExceeded, StoreDamaged
 from pybroker.message import Message, encode_headers
+from pybroker.operations import Schedule
+from pybroker.store.backend import Change
+from pybroker.store.format import encode_number
+from pybroker.store.schedules import due_key, schedule_key
 from tests.core.bench import Bench
 
 MINUTE = 60_000
@@ -77,28 +80,6 @@ def test_what_can_not_be_meant_is_refused(headers: dict[str, str]):
     bench.end()
     assert not len(bench.core.schedules)
     assert not bench.core.queues
-
-
-@given(st.text("0123456789*/,-LW# ", max_size=30), st.integers(0, 10**15))
-def test_no_expression_raises_anything_else(expression: str, after: int):
-    try:
-        found = next_time(expression, after, UTC)
-    except InvalidMessage:
-        return
-    assert found is None or found > after
-
-
-def test_cron_times_in_a_time_zone_with_its_changes_of_the_clock():
-    berlin = ZoneInfo("Europe/Berlin")
-
-    def at(text: str) -> int:
-        return int(datetime.fromisoformat(text).timestamp() * 1_000)
-
-    assert next_time("30 8 * * 1-5", at("2026-01-02T12:00+01:00"), berlin) == at("2026-01-05T08:30+01:00")
-    # 02:30 does not exist on that night: it is done at the first moment that does.
-    assert next_time("30 2 * * *", at("2026-03-28T12:00+01:00"), berlin) == at("2026-03-29T03:00+02:00")
-    assert next_time("* * * * *", at("2026-03-29T01:59+01:00"), berlin) == at("2026-03-29T03:00+02:00")
-    assert next_time("0 0 1 1 *", 10**17, UTC) is None, "beyond the calendar"
 
 
 # ---- when it comes
@@ -222,6 +203,105 @@ def test_what_finds_no_room_waits_in_order_and_holds_up_nobody_else():
     assert not len(bench.core.schedules)
 
 
+def test_what_waits_for_room_is_bounded_by_its_bytes_too():
+    bench = Bench(window_bytes_max=1_000, queue_messages_max=1)
+    bench.send("/queue/a", b"first")
+    for _ in range(40):
+        plan(bench, bytes(100), delay=10)
+        bench.settle()
+    pass_time(bench, 10)
+    schedules = bench.core.schedules
+    assert schedules.held_size == 1_000
+    assert sum(each.message.size for each in schedules.in_memory()) < 3_000
+    assert schedules.next_due is None
+    consumer = bench.subscribe("/queue/a", prefetch=1)
+    for _ in range(41):
+        pass_time(bench, 0)
+        bench.ack(consumer, bench.bodies(consumer)[-1])
+    assert len(bench.bodies(consumer)) == 41
+    assert not len(bench.core.schedules)
+
+
+@pytest.mark.parametrize("waited", [False, True])
+def test_one_turn_sends_about_the_bytes_of_a_window(waited: bool):
+    bench = Bench(window_bytes_max=1_000)
+    for _ in range(10):
+        plan(bench, bytes(300), delay=10, period=1_000, repeat=1)
+        bench.settle()
+    bench.driver.now += 10
+    if waited:
+        bench.driver.core.disk_full = "no room"
+        while bench.core.release_due(100):
+            bench.end()
+        bench.end()
+        bench.driver.core.disk_full = ""
+    turns = 0
+    more = True
+    while more:
+        turns += 1
+        more = bench.core.release_due(100)
+        operations = bench.core.operations
+        messages = [part for operation in operations for part in operation if isinstance(part, Message | Schedule)]
+        sizes = [each.size if isinstance(each, Message) else each.message.size for each in messages]
+        assert sum(sizes) < 1_000 + 2 * 400
+        bench.end()
+        bench.settle()
+        more = more or bench.driver.core.schedules.changed
+        bench.driver.core.schedules.changed = False
+    assert bench.queue("/queue/a").depth == 10
+    assert turns >= 5
+
+
+def test_one_turn_tries_few_of_those_that_wait_and_the_next_one_goes_on(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench(queue_messages_max=1)
+    for number in range(10):
+        bench.send(f"/queue/{number}", b"first")
+        plan(bench, b"second", f"/queue/{number}", delay=10)
+    pass_time(bench, 10)
+    tried: list[str] = []
+    run = Schedules._run
+
+    def watched(schedules: Schedules, schedule: Schedule) -> bool:
+        tried.append(schedule.message.destination)
+        return run(schedules, schedule)
+
+    monkeypatch.setattr(Schedules, "_run", watched)
+    for _ in range(3):
+        for more in (True, True, False):
+            before = len(tried)
+            assert bench.core.release_due(4) is more
+            bench.end()
+            assert len(tried) - before <= 4
+        assert tried == [f"/queue/{number}" for number in range(10)]
+        tried.clear()
+    plan(bench, b"other", "/queue/free", delay=1)
+    pass_time(bench, 1)
+    assert bench.queue("/queue/free").depth == 1
+
+
+@pytest.mark.parametrize("limit", ["disk", "store"])
+def test_a_series_begins_only_where_there_is_room_for_it(limit: str):
+    bench = Bench(store_bytes_max=1_000 if limit == "store" else 0)
+    plan(bench, bytes(600), cron="* * * * *", repeat=1, period=36_000_000)
+    if limit == "store":
+        plan(bench, bytes(600), delay=72_000_000)
+    else:
+        bench.driver.core.disk_full = "no room"
+    stored = bench.core.stored_bytes
+    for _ in range(5):
+        pass_time(bench, MINUTE)
+    assert bench.core.stored_bytes == stored
+    assert bench.core.schedules.held_up == 1
+    if limit == "store":
+        assert bench.core.schedules.cancel(2)
+        bench.end()
+    else:
+        bench.driver.core.disk_full = ""
+    pass_time(bench, 0)
+    assert bench.core.stored_bytes == 1_200
+    assert not bench.core.schedules.held_up
+
+
 def test_a_store_that_is_full_of_schedules_gets_rid_of_them():
     bench = Bench(store_bytes_max=100)
     plan(bench, b"x" * 101, delay=10)
@@ -252,6 +332,19 @@ def test_limits():
     plan(bench, b"5", "/queue/b", delay=6)
     pass_time(bench, 10)  # there is room for one queue only
     assert [schedule.message.body for schedule in bench.core.schedules.in_memory()] == [b"5"]
+
+
+def test_the_shortest_period():
+    bench = Bench(schedule_period_min=0.5)
+    for wrong in ({"period": 499, "repeat": -1}, {"cron": "* * * * *", "period": 1, "repeat": 1}):
+        with pytest.raises(LimitExceeded, match=r"limits\.schedule_period_min"):
+            plan(bench, b"too often", **wrong)
+        block = encode_headers([(f"AMQ_SCHEDULED_{name.upper()}", str(value)) for name, value in wrong.items()])
+        with pytest.raises(LimitExceeded):
+            bench.core.check(Message("/queue/a", b"", block))
+    for right in ({"period": 1}, {"delay": 1}, {"period": 500, "repeat": -1}):
+        plan(bench, b"x", **right)
+    assert len(bench.core.schedules) == 3
 
 
 # ---- memory, and cancelling
@@ -347,3 +440,126 @@ def test_one_that_waits_for_room_is_not_read_again_after_the_clock_was_put_back(
     bench.ack(consumer, b"second")
     pass_time(bench, 5_000)
     assert bench.bodies(consumer) == [b"first", b"second"]
+
+
+# ---- damage
+
+
+class Unreadable:
+    """A reader of a backend's snapshot that can't read one key."""
+
+    def __init__(self, reader: Any, key: bytes) -> None:
+        self.reader = reader
+        self.key = key
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.reader.get(key)
+
+    def iterate(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in self.reader.iterate(start, stop):
+            if key == self.key:
+                raise StoreDamaged("a block that can't be read")
+            yield key, value
+
+
+def test_what_stands_in_an_unreadable_place_comes_when_that_is_mended(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench()
+    plan(bench, b"first", delay=1_000)
+    plan(bench, b"second", delay=500_000)
+    bench.settle()
+    first = min(schedule.key for schedule in bench.core.schedules.in_memory())
+    backend = bench.driver.backend
+    snapshot = backend.snapshot
+
+    @contextmanager
+    def damaged() -> Iterator[Unreadable]:
+        with snapshot() as reader:
+            yield Unreadable(reader, due_key(*first))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "snapshot", damaged)
+        bench.driver.open()
+        bench.driver.settle()
+        schedules = bench.core.schedules
+        assert (schedules.corrupt, len(schedules.places)) == (0, 1)
+        plan(bench, b"third", delay=400_000)
+        bench.driver.settle()
+        check_invariants(bench.driver.core)
+    bench.driver.open()
+    bench.settle()
+    assert not bench.core.schedules.places
+    pass_time(bench, 2_000_000)
+    consumer = bench.subscribe("/queue/a")
+    bench.settle()
+    assert bench.bodies(consumer) == [b"first", b"third", b"second"]
+    assert not len(bench.core.schedules)
+
+
+def test_a_bad_one_that_is_read_again_is_counted_once_and_comes_when_it_was_mended():
+    bench = Bench(window_messages_max=4)
+    for number in range(1, 9):
+        plan(bench, b"%d" % number, delay=100 * number)
+    bench.settle()
+    key = schedule_key(7)
+    backend = bench.driver.backend
+    with backend.snapshot() as reader:
+        whole = reader.get(key)
+    backend.write(backend.new_batch([(key, b"bad")]), True)
+    bench.driver.open()
+    bench.driver.settle()
+    pass_damaged(bench, 500)
+    assert bench.core.schedules.corrupt == 1
+    for number in range(3):  # those behind it are left to the store, and read again
+        plan(bench, b"new%d" % number, delay=1)
+        plan(bench, b"new%d" % number, delay=2)
+        bench.driver.settle()
+    pass_damaged(bench, 10)
+    assert bench.core.schedules.corrupt == 1
+    backend.write(backend.new_batch([(key, whole)]), True)
+    bench.driver.open()
+    bench.settle()
+    pass_time(bench, 1_000)
+    assert bench.queue("/queue/a").depth == 8 + 6
+
+
+def pass_damaged(bench: Bench, milliseconds: int) -> None:
+    """`pass_time`, with a store that `verify` finds bad."""
+    bench.driver.now += milliseconds
+    for _ in range(100):
+        more = bench.core.release_due(2)
+        bench.end()
+        bench.driver.settle()
+        check_invariants(bench.driver.core)
+        if not more and not bench.driver.core.schedules.changed:
+            return
+        bench.driver.core.schedules.changed = False
+
+
+@pytest.mark.parametrize("damage", ["bad", "missing", "another time"])
+def test_one_that_the_index_does_not_have_can_be_cancelled(damage: str):
+    bench = Bench()
+    plan(bench, b"x", delay=1_000)
+    plan(bench, b"y", delay=2_000)
+    bench.settle()
+    backend = bench.driver.backend
+    due = bench.driver.now + 1_000
+    row = due_key(due, 1)
+    other = due_key(due + 500, 1)
+    changes: dict[str, list[Change]] = {
+        "bad": [(row, b"bad")],
+        "missing": [(row, None)],
+        "another time": [(row, None), (other, encode_number(other, 1))],
+    }
+    backend.write(backend.new_batch(changes[damage]), True)
+    bench.driver.open()
+    bench.driver.settle()
+    answers: list[bool] = []
+    for _ in range(2):
+        bench.core.schedules.look_up(ScheduleLookup(1, answers.append))
+        bench.driver.end_turn()
+        bench.driver.settle()
+    assert answers == [True, False]
+    bench.settle()
+    assert (len(bench.core.schedules), bench.core.schedules.corrupt) == (1, 0)
+    pass_time(bench, 5_000)
+    assert bench.queue("/queue/a").depth == 1

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.core import dead_letters
 from pybroker.core.browsing import BrowsePage, Moving
+from pybroker.core.queue import Queue
 from pybroker.message import Message, encode_headers
 from tests.core.bench import Bench
 from tests.core.test_dead_letters import DLQ, fail
@@ -15,6 +19,12 @@ def retry(b: Bench) -> BrowsePage:
     core = b.core
     page = core.browse(DLQ, None, moving=Moving(None, way=lambda letter: dead_letters.way_back(core, letter)))
     b.end()
+    return page
+
+
+def retried(b: Bench) -> BrowsePage:
+    page = retry(b)
+    b.settle()
     return page
 
 
@@ -122,3 +132,92 @@ def test_an_impossible_origin_is_no_way_back():
     for origin in ("nowhere", "/queue/a.*", "/topic/>", "/queue/a..b"):
         block = encode_headers([("dead-letter-origin", origin), ("dead-letter-reason", "x")])
         assert dead_letters.way_back(b.core, Message(DLQ, b"", block)) is None
+
+
+OWNERS = [("ward", "a/b"), ("ward/a", "b"), ("ward", "a%b"), ("ward%25/a%2F", "%2525b")]
+
+
+@pytest.mark.parametrize("number", range(len(OWNERS)))
+def test_owners_with_slashes_are_told_apart(number: int):
+    b = Bench(1)
+    consumers = [b.subscribe("/topic/t", durable_name=name, client_id=client_id) for client_id, name in OWNERS]
+    b.send("/topic/t", b"1")
+    b.settle()
+    for at, consumer in enumerate(consumers):
+        (b.nack if at == number else b.ack)(consumer, b"1")
+    b.settle()
+    assert retried(b).moved == 1
+    b.settle()
+    assert [len(b.bodies(consumer)) for consumer in consumers] == [1 + (at == number) for at in range(len(OWNERS))]
+
+
+def test_an_owner_as_older_versions_wrote_it_is_found_where_only_one_is_meant():
+    b = Bench(1)
+    one = b.subscribe("/topic/t", durable_name="a/b", client_id="ward")
+    block = encode_headers(
+        [
+            ("dead-letter-origin", "/topic/t"),
+            ("dead-letter-subscription", "ward/a/b"),
+            ("dead-letter-reason", "deliveries"),
+        ]
+    )
+    b.send(DLQ, b"1", header_block=block)
+    b.settle()
+    assert retried(b).moved == 1
+    b.settle()
+    assert b.bodies(one) == [b"1"]
+    b.subscribe("/topic/other", durable_name="b", client_id="ward/a")
+    b.send(DLQ, b"2", header_block=block)
+    b.settle()
+    assert retried(b).moved == 1, "the other one does not collect that topic"
+    b.settle()
+    b.subscribe("/topic/*", durable_name="b", client_id="ward/a2")
+    b.subscribe("/topic/*", durable_name="a2/b", client_id="ward")
+    b.send(DLQ, b"3", header_block=block.replace(b"a/b", b"a2/b"))
+    b.settle()
+    assert retried(b).stayed == 1
+    b.settle()
+    assert b.queue(DLQ).depth == 1
+
+
+def test_the_owner_is_looked_up_and_a_hostile_one_costs_little():
+    class Counted(dict[tuple[str, str], Queue]):
+        def __iter__(self) -> Iterator[tuple[str, str]]:
+            raise AssertionError("all subscriptions are looked through")
+
+        keys = values = items = __iter__  # type: ignore[assignment]
+
+    b = Bench(1)
+    b.subscribe("/topic/t", durable_name="one", client_id="c")
+    core = b.core
+    core.subscriptions = Counted(core.subscriptions)
+    for owner, there in (("c/one", True), ("c/two", False), ("c", False), ("/" * 10_000, False)):
+        fields = [
+            ("dead-letter-origin", "/topic/t"),
+            ("dead-letter-subscription", owner),
+            ("dead-letter-reason", "deliveries"),
+        ]
+        letter = Message(DLQ, b"1", encode_headers(fields))
+        assert (dead_letters.way_back(core, letter) is not None) is there
+    assert len(dead_letters._owners("/" * 65)) == 0
+
+
+def test_what_a_topic_would_give_to_nobody_stays():
+    b = Bench(1)
+    consumer = b.subscribe("/topic/t")
+    b.send("/topic/t", b"1")
+    b.settle()
+    b.nack(consumer, b"1")
+    b.settle()
+    b.leave(consumer)
+    other = b.subscribe("/topic/t", options=ConsumerOptions(selector="ward = 3"))
+    page = retry(b)
+    b.settle()
+    assert (page.moved, page.stayed, b.queue(DLQ).depth) == (0, 1, 1)
+    b.leave(other)
+    assert retried(b).stayed == 1
+    b.settle()
+    consumer = b.subscribe("/topic/t")
+    assert retried(b).moved == 1
+    b.settle()
+    assert b.bodies(consumer) == [b"1"]

@@ -202,3 +202,16 @@ def test_a_bad_one_is_passed_over_and_named(tmp_path: Path) -> None:
     assert [each.number for each in page.schedules] == [1, 3]
     assert page.unread == [(2, 2)]
     assert len(page.corrupt) == 1
+
+
+def test_a_key_that_no_store_has_is_passed_over_and_named() -> None:
+    store = Store.open(MemoryBackend())
+    write = Writer(store)
+    write(*((PUT_SCHEDULE, Schedule(number, number << 40, message(b"x")), 0) for number in (1, 2)))
+    strange = sch.due_key(1 << 40, 5)[:7]
+    store.backend.write(store.backend.new_batch([(strange, b"junk")]), True)
+    page = store.read_schedules((0, 0), 10, BIG)
+    assert [each.number for each in page.schedules] == [1, 2]
+    assert page.unread == []
+    assert page.places == [(1 << 40, 0)]
+    assert [record.key for record in page.corrupt] == [strange]

@@ -382,6 +382,7 @@ class Core:
 
     crowded = property(room.crowded)
     full = room.full
+    full_broker = room.full_broker
     full_destinations = room.full_destinations
     trim = staticmethod(room.trim)
     trims = staticmethod(room.trims)
@@ -492,6 +493,7 @@ class Core:
     browse = browsing.browse
     moving = browsing.moving
     browse_loaded = browsing.browse_loaded
+
     # ---- messages that are sent later: see schedules.py
 
     release_due = schedules.release_due

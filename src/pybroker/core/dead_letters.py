@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DELIVERIES = "deliveries"  # reasons
 EXPIRED = "expired"
 PREFIX = "dead-letter-"
+SLASHES_MAX = 64  # of an owner's text that are looked at
 FIELDS = ("origin", "subscription", "expires", "reason", "deliveries", "time")  # in this order; some may be missing
 
 
@@ -28,7 +29,7 @@ class Death(NamedTuple):
     """What a dead letter's headers say.
 
     origin        where it was sent
-    subscription  ``CLIENT/NAME`` of the durable subscription that it was in, else ""
+    subscription  `owner_text` of the durable subscription that it was in, else ""
     reason        ``deliveries``, ``expired``, or in words why a peer of the network did not take it
     deliveries    deliveries of it that had ended without an acknowledgement
     time          milliseconds since the Unix epoch when it became a dead letter; 0 = not known
@@ -53,6 +54,27 @@ def letter(
     headers += [("reason", reason), ("deliveries", str(deliveries)), ("time", str(core.now))]
     block = encode_headers([(PREFIX + name, value) for name, value in headers if value])
     return message.moved_to(str(_queue_for(core, policy, message)), block)
+
+
+def owner_text(client_id: str, name: str) -> str:
+    """``CLIENT/NAME`` of a durable subscription; in each of the two ``%`` is ``%25`` and ``/`` is ``%2F``."""
+    return "/".join(part.replace("%", "%25").replace("/", "%2F") for part in (client_id, name))
+
+
+def _owners(text: str) -> set[tuple[str, str]]:
+    """Whom an owner's text may mean: as `owner_text` writes it, and also as it was written before, with nothing escaped."""
+    count = text.count("/")
+    if count > SLASHES_MAX:
+        return set()
+    found = set()
+    at = -1
+    for _ in range(count):
+        at = text.index("/", at + 1)
+        found.add((text[:at], text[at + 1 :]))
+    if count == 1:
+        client_id, name = (part.replace("%2F", "/").replace("%25", "%") for part in text.split("/"))
+        found.add((client_id, name))
+    return found
 
 
 def _queue_for(core: Core, policy: DestinationPolicy, message: Message) -> Destination:
@@ -88,7 +110,8 @@ def read(letter: Message) -> tuple[Death, bytes] | None:
 def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], object]] | None:
     """The message of a dead letter as it goes back to where it came from, and what puts it there; None where there is no way.
 
-    What was in a durable subscription goes to that one only, if it is still there; a topic's other subscribers all get it anew.
+    What was in a durable subscription goes to that one only, if it is still there, and if it is clear which one that is; other
+    messages of a topic are published anew, if anybody gets them.
     """
     found = read(letter)
     if found is None:
@@ -115,13 +138,17 @@ def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], 
         queue = core.by_destination.get(death.origin)
         return back, (core.add_named_queue(target) if queue is None else queue).accept
     if not death.subscription:
-        return back, lambda message: core.publish(message, target)
-    owners = [owner for owner in core.subscriptions if "/".join(owner) == death.subscription]
-    for owner in owners:
-        subscription = core.subscriptions[owner]
-        if matches(tuple(subscription.name.split(".")), target.parts):
-            return back, subscription.accept
-    return None
+        return (back, lambda message: core.publish(message, target)) if _wanted(core, back, target) else None
+    owners = [core.subscriptions[owner] for owner in _owners(death.subscription) if owner in core.subscriptions]
+    fitting = [queue for queue in owners if matches(tuple(queue.name.split(".")), target.parts)]
+    return (back, fitting[0].accept) if len(fitting) == 1 else None
+
+
+def _wanted(core: Core, message: Message, target: Destination) -> bool:
+    """Whether anybody would get a topic's message."""
+    topic = core.topic(target)
+    chosen = topic.subscribers if topic.choice is None else topic.choice.of(message)
+    return bool(chosen or topic.origins or topic.queues)
 
 
 def _number(text: str) -> int:

@@ -89,6 +89,7 @@ def _check_schedules(schedules: Schedules) -> int:
     assert keys == sorted(set(keys)), keys
     waiting = [schedule for queue in schedules.waiting.values() for schedule in queue]
     assert schedules.held_up == len(waiting), (schedules.held_up, waiting)
+    assert schedules.held_size == sum(schedule.message.size for schedule in waiting), (schedules.held_size, waiting)
     assert all(schedules.waiting.values()), schedules.waiting
     transient = {key[1] for key in schedules._transient} & loaded.keys()
     parts = [{number for _, number in keys}, transient, {schedule.number for schedule in waiting}]
@@ -104,8 +105,11 @@ def _check_schedules(schedules: Schedules) -> int:
     assert schedules._bytes == sum(loaded[number].message.size for _, number in keys), schedules._bytes
     for schedule in stored:
         assert schedule.due >= schedules.record().head, (schedule, schedules.record())
+    for due in (*schedules._bad.values(), *(key[0] for key in schedules.places)):
+        assert due >= schedules.record().head, (due, schedules.record(), "what was mended would not be found")
     if schedules.tail is None:
-        assert len(stored) + schedules.corrupt == schedules.count, (stored, schedules.count)
+        missing = schedules.count - len(stored) - schedules.corrupt
+        assert missing >= 0 if schedules.places else missing == 0, (stored, schedules.corrupt, schedules.count)
         assert page is None, page
     else:
         assert not keys or keys[-1] < schedules.tail, (keys, schedules.tail)

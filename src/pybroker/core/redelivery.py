@@ -46,6 +46,7 @@ class Redeliveries:
         self._core = core
         self._heap: list[tuple[int, int, Entry]] = []  # (due, number, entry)
         self._number = 0
+        self._seen = 0  # the time when this was last called
         self.moved = False
 
     def __len__(self) -> int:
@@ -64,6 +65,7 @@ class Redeliveries:
 
     def hold(self, entry: Entry) -> None:
         """Let an entry wait that stands in no collection of its queue."""
+        self._look_at_clock()
         queue = entry.queue
         policy = queue.policy
         due = self._core.now + delay_ms(policy, entry.message.message_id, entry.deliveries)
@@ -89,6 +91,7 @@ class Redeliveries:
 
     def release_due(self) -> None:
         """Return what is due to its place, and give it out."""
+        self._look_at_clock()
         queues: dict[Queue, None] = {}
         while self._heap and self._heap[0][0] <= self._core.now:
             entry = heappop(self._heap)[2]
@@ -97,6 +100,19 @@ class Redeliveries:
             self.moved = True
         for queue in queues:
             self._go_on(queue)
+
+    def _look_at_clock(self) -> None:
+        """When the clock was put back, what waits has still as long to wait as before, and no longer than its policy says."""
+        now = self._core.now
+        back = self._seen - now
+        self._seen = now
+        if back > 0 and self._heap:
+            self._heap = [
+                (min(due - back, now + int(entry.queue.policy.redelivery_delay_max * 1000)), number, entry)
+                for due, number, entry in self._heap
+            ]
+            heapify(self._heap)
+            self.moved = True
 
     def release(self, queue: Queue) -> None:
         """Return all that waits in a queue to its place; the caller sees to the rest."""

@@ -36,7 +36,8 @@ def dead_letter(core: Core, entry: Entry, reason: str) -> None:
         policy = core.policies.of(parse_destination(message.destination))
     else:
         message, policy = entry.message, queue.policy
-        subscription = f"{queue.client_id}/{queue.subscription}" if queue.kind == SUBSCRIPTION else ""
+        owned = queue.kind == SUBSCRIPTION
+        subscription = dead_letters.owner_text(queue.client_id, queue.subscription) if owned else ""
     letter = dead_letters.letter(core, message, policy, reason, entry.deliveries, subscription)
     queue.forget(entry)
     if letter is None:

@@ -53,6 +53,14 @@ def crowded(core: Core) -> bool:
 
 def full(core: Core, message: Message) -> BrokerFull | None:
     """Why there is no room for the message now, or None when there is. Makes room where it can."""
+    error = full_broker(core)
+    if error is None and core.limits_destinations:
+        return full_destinations(core, message)
+    return error
+
+
+def full_broker(core: Core) -> BrokerFull | None:
+    """Why the broker has no room for any message, or None. Makes room where it can."""
     limits = core.limits
     if core.disk_full:
         return BrokerFull(core.disk_full)
@@ -62,7 +70,7 @@ def full(core: Core, message: Message) -> BrokerFull | None:
             return _full("limits.memory_bytes_max", limits.memory_bytes_max)
     if limits.store_bytes_max and core.stored_bytes + core.spooled_bytes > limits.store_bytes_max:
         return _full("limits.store_bytes_max", limits.store_bytes_max)
-    return full_destinations(core, message) if core.limits_destinations else None
+    return None
 
 
 def full_destinations(core: Core, message: Message) -> BrokerFull | None:

@@ -80,8 +80,7 @@ class Schedules:
     tail         stored ones from this key on are not in memory; None: all are
     waiting      destination to those that are due and for which there is no room in it, in order
     changed      something is due sooner than was known when this was last set to False
-    corrupt      stored ones that could not be read, and so are not sent
-    sent         messages that were sent when they were due
+    places       where something may be missing: the store could not read its index there
     """
 
     def __init__(self, core: Core, record: SchedulingRecord, zone: tzinfo) -> None:
@@ -95,20 +94,23 @@ class Schedules:
         self.transient = 0
         self.waiting: dict[str, deque[Schedule]] = {}
         self.held_up = 0  # how many these are
+        self.held_size = 0  # bytes of their messages
         self.changed = False
-        self.corrupt = 0
-        self.sent = 0
+        self.places: set[Key] = set()
         self.dirty = False  # the record in the store is out of date
         self._keys: list[Key] = []  # of stored ones in memory that are not due, or not known to be
         self._transient: list[Key] = []  # a heap of non-durable ones; may have keys of cancelled ones
         self._loaded: dict[int, Schedule] = {}  # all in memory but those in `page.added`
-        self._unread: Key | None = None  # the first of those that could not be read
+        self._bad: dict[int, int] = {}  # numbers of those that could not be read, and when they are due
+        self._unread: Key | None = None  # none that could not be read is before it
         self._lookups = 0  # under way
         self._left: set[Key] = set()  # keys of stored ones that went since these began
         limits = core.limits
         self._count_max = max(limits.window_messages_max, 1)
         self._size_max = max(limits.window_bytes_max, 1)
         self._bytes = 0  # of messages of `_keys`
+        self._round: list[str] = []  # destinations that are still to be tried before any of `waiting` is tried again
+        self._written = 0  # bytes of messages that this release has sent or stored
         core.stored_bytes += self.size
         self._request_page()
 
@@ -121,6 +123,11 @@ class Schedules:
         heads += [key[0] for key in (*self._keys[:1], self.tail, self._unread) if key is not None]
         return SchedulingRecord(self.next_number, self.count, self.size, min(heads, default=0))
 
+    @property
+    def corrupt(self) -> int:
+        """Stored ones that could not be read, and so are not sent; without those in `places`."""
+        return len(self._bad)
+
     def in_memory(self) -> list[Schedule]:
         """All that memory has, in no order."""
         return [*self._loaded.values(), *(self.page.added.values() if self.page is not None else ())]
@@ -130,6 +137,10 @@ class Schedules:
     def _terms(self, message: Message) -> tuple[Terms | None, bytes]:
         """What a message says of a schedule, and its header block without that. Raises InvalidMessage."""
         terms, block = take_terms(message.header_block)
+        shortest = self.core.limits.schedule_period_min
+        if terms is not None and terms.repeat and terms.period < shortest * 1_000:
+            text = f"{terms.period} ms between two sendings are too few: give a longer period, or lower the limit"
+            raise LimitExceeded("limits.schedule_period_min", shortest, text)
         if terms is not None and terms.cron and next_time(terms.cron, self.core.now, self.zone) is None:
             raise InvalidMessage(f"the cron expression {terms.cron!r} has no time that ever comes")
         return terms, block
@@ -205,6 +216,7 @@ class Schedules:
 
     def _put(self, schedule: Schedule, due_before: int) -> None:
         self.core.operations.append((PUT_SCHEDULE, schedule, due_before))
+        self._written += schedule.message.size
         if due_before:
             self._left_its_place((due_before, schedule.number))
         self._touch()
@@ -281,8 +293,12 @@ class Schedules:
         rows: Iterable[Schedule],
         bound: Key | None,
         unread: Iterable[Key] = (),
+        places: Iterable[Key] = (),
     ) -> None:
-        """Take what was read: all stored schedules from the request's start on and below `bound` (None = to the end)."""
+        """Take what was read: all stored schedules from the request's start on and below `bound` (None = to the end).
+
+        `unread` could not be read; from each of `places` on something may be missing.
+        """
         assert request is self.page
         self.page = None
         self.changed = True
@@ -300,10 +316,8 @@ class Schedules:
             key = row.key
             if key not in request.removed and key not in request.added and row.number not in self._loaded:
                 fresh[key] = row
-        for key in unread:
-            if key not in request.removed and (bound is None or key < bound):
-                self.corrupt += 1
-                self._unread = key if self._unread is None else min(key, self._unread)
+                self._bad.pop(row.number, None)  # it was mended since it was read before
+        self._pass_over(unread, places, request, bound)
         for key, schedule in request.added.items():
             self._count(schedule, -1)
             fresh[key] = schedule
@@ -319,29 +333,42 @@ class Schedules:
             self._cut(math.inf)  # not for its size: the same page would be read again at once
         self._request_page()
 
+    def _pass_over(
+        self, unread: Iterable[Key], places: Iterable[Key], request: SchedulesRequest, bound: Key | None
+    ) -> None:
+        """Remember what could not be read: no head is stored behind it, so that it is found when it has been mended."""
+        bad = [key for key in unread if key not in request.removed and (bound is None or key < bound)]
+        self._bad.update((number, due) for due, number in bad)
+        unknown = [key for key in places if bound is None or key < bound]
+        others = [key for key in self.places if key < request.start or (bound is not None and key >= bound)]
+        self.places = {*others, *unknown}
+        known = [self._unread] if self._unread is not None else []
+        self._unread = min([*known, *bad, *unknown], default=None)
+
     # ---- schedules are due
 
     @property
     def next_due(self) -> int | None:
         """When `release` has something to do again, as far as memory knows; None: not before something changes."""
-        if self.held_up >= self._count_max:
+        if self.held_up >= self._count_max or self.held_size >= self._size_max:
             return None
         self._forget_cancelled()
         return min((keys[0][0] for keys in (self._keys, self._transient) if keys), default=None)
 
     def release(self, count_max: int) -> bool:
-        """Send what is due, at most so many. True when there is more to be sent at once."""
+        """Send what is due, at most so many and the bytes of a window. True when there is more to be done at once."""
+        self._written = 0
         more = self._release(count_max)
         self._request_page()
         return more
 
     def _release(self, count_max: int) -> bool:
         count = self._release_waiting(count_max)
-        if count >= count_max:
+        if self._round:
             return True
         now = self.core.now
         while (due := self.next_due) is not None and due <= now:
-            if count >= count_max:
+            if count >= count_max or self._written >= self._size_max:
                 return True
             count += 1
             schedule = self._pop()
@@ -352,8 +379,12 @@ class Schedules:
             if behind is None:
                 behind = self.waiting[destination] = deque()
             behind.append(schedule)
-            self.held_up += 1
+            self._hold_up(schedule, 1)
         return False
+
+    def _hold_up(self, schedule: Schedule, sign: int) -> None:
+        self.held_up += sign
+        self.held_size += sign * schedule.message.size
 
     def _pop(self) -> Schedule:
         """The first one, which stays counted as in memory."""
@@ -365,30 +396,40 @@ class Schedules:
         return self._loaded[heappop(transient)[1]]
 
     def _release_waiting(self, count_max: int) -> int:
-        """Try again what found no room, each destination in order."""
-        count = 0
-        for destination, queue in list(self.waiting.items()):
-            while queue and count < count_max and self._run(queue[0]):
-                queue.popleft()
-                self.held_up -= 1
-                count += 1
-            if not queue:
+        """Try again what found no room, each destination in order; returns how many were sent.
+
+        At most so many tries: the next call goes on with `_round`, until each destination had its turn.
+        """
+        sent = 0
+        if not self._round:
+            self._round = list(reversed(self.waiting))
+        for _ in range(count_max):
+            if not self._round or self._written >= self._size_max:
+                break
+            destination = self._round[-1]
+            queue = self.waiting.get(destination)  # None: what waited was cancelled
+            if queue is not None and self._run(queue[0]):
+                sent += 1
+                self._hold_up(queue.popleft(), -1)
+                if queue:
+                    continue
                 del self.waiting[destination]
-        return count
+            self._round.pop()
+        return sent
 
     def _run(self, schedule: Schedule) -> bool:
         """Send a message that is due, and move its schedule on or take it away; False, and nothing done, if there is no room."""
         core = self.core
         successor = self._successor(schedule)
-        begins = schedule.cron and (schedule.delay or schedule.left)
+        begins = bool(schedule.cron and (schedule.delay or schedule.left))
         try:
             if begins:
                 self._check_room(1)
-            elif self._no_room(schedule, successor):
+            if self._no_room(schedule, successor, begins):
                 return False
-            else:
+            if not begins:
                 core.message_keys.send_anyway(_message(schedule, core.now))
-                self.sent += 1
+                self._written += schedule.message.size
         except BrokerError:  # too many destinations, or the like: it is tried again
             return False
         self._unload(schedule)
@@ -416,17 +457,17 @@ class Schedules:
             due += ((now - due) // schedule.period + 1) * schedule.period
         return replace(schedule, due=due, left=max(schedule.left - 1, -1))
 
-    def _no_room(self, schedule: Schedule, successor: Schedule | None) -> bool:
-        """Whether the message has to wait. One that is only moved takes no more of the store or the memory than before."""
+    def _no_room(self, schedule: Schedule, successor: Schedule | None, begins: bool) -> bool:
+        """Whether it has to wait. What is only moved takes no more of the store or the memory than before.
+
+        A series that begins (`begins`) has no need of room at its destination yet.
+        """
         core = self.core
-        limits = core.limits
-        if core.memory_bytes > limits.memory_bytes_max:
+        if core.memory_bytes > core.limits.memory_bytes_max:
             core.shrink()
-        if core.disk_full:
+        if core.disk_full or (successor is not None and core.full_broker() is not None):
             return True
-        if successor is not None:
-            return core.full(successor.message) is not None
-        return core.full_destinations(schedule.message) is not None
+        return not begins and core.limits_destinations and core.full_destinations(schedule.message) is not None
 
     # ---- schedules go
 
@@ -455,7 +496,7 @@ class Schedules:
         queue = self.waiting.get(schedule.message.destination)
         if queue is not None and schedule in queue:
             queue.remove(schedule)
-            self.held_up -= 1
+            self._hold_up(schedule, -1)
             if not queue:
                 del self.waiting[schedule.message.destination]
         elif schedule.message.durable:
@@ -489,7 +530,7 @@ class Schedules:
         cancelled = self.cancel(number)
         if not cancelled and found is not None:
             cancelled = self._cancel_stored(found)
-            if not cancelled:  # it was sent or cancelled meanwhile, or has another time now, which is not in memory
+            if not cancelled:  # it was sent or cancelled while it was looked up, or has another time now
                 self.look_up(lookup)
                 return
         if not self._lookups:
@@ -497,9 +538,12 @@ class Schedules:
         lookup.done(cancelled)
 
     def _cancel_stored(self, found: Schedule) -> bool:
-        """Take away one that is behind those in memory; False when it is not there any more."""
+        """Take away one that memory does not have; False when it has left its place since it was looked up.
+
+        One that is before `tail` should be in memory: it is not when its row of the index is bad or missing.
+        """
         key = found.key
-        if self.tail is None or key < self.tail or key in self._left:
+        if key in self._left:
             return False
         page = self.page
         added = page.added.pop(key, None) if page is not None else None
@@ -507,6 +551,9 @@ class Schedules:
             page.added_size -= added.message.size
             self._count(added, -1)
         self._removed(found.number, found.due, found.message.size)
+        due = self._bad.pop(found.number, found.due)
+        if due != found.due:  # the row has another time
+            self.core.operations.append((DELETE_SCHEDULE, found.number, due))
         self.core.freed = True
         return True
 

@@ -6,7 +6,7 @@ A schedule is one record under its number, with the message in it, and one row o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from struct import Struct
 
 from pybroker.errors import CorruptRecord, StoreDamaged
@@ -33,6 +33,8 @@ _SCHEDULING = Struct(">BQQQQ")  # version, next number, count, size, head
 _STOP = bytes((SCHEDULE_DUE + 1,))
 _key8 = Struct(">BQ").pack
 _key16 = Struct(">BQQ").pack
+_unkey16 = Struct(">BQQ").unpack
+_KEY_BYTES = 17
 
 
 def schedule_key(number: int) -> bytes:
@@ -109,12 +111,14 @@ class SchedulesRead:
     next_key   where the next page starts, None when this one came to the end
     corrupt    what was passed over; it stays in the store
     unread     the keys of schedules that were passed over
+    places     of places in the index that were passed over: from which key on something may be missing
     """
 
     schedules: list[Schedule]
     next_key: tuple[int, int] | None
     corrupt: list[CorruptRecord] = field(default_factory=list)
     unread: list[tuple[int, int]] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
 
 
 def read_schedules(reader: Reader, start: tuple[int, int], count_max: int, bytes_max: int) -> SchedulesRead:
@@ -123,12 +127,18 @@ def read_schedules(reader: Reader, start: tuple[int, int], count_max: int, bytes
 
     def passed_over(first: bytes, behind: bytes, error: StoreDamaged) -> None:
         found.corrupt.append(CorruptRecord(first, f"from here to {behind.hex()}: {error}"))
+        found.places.append(_at_or_before(first))
 
     size = 0
     for row, value in iterate_whole(reader, due_key(*start), _STOP, passed_over):
-        _, due, number = parse_key(row)
+        try:
+            _, due, number = parse_key(row)
+        except CorruptRecord as error:
+            found.corrupt.append(error)
+            found.places.append(_at_or_before(row))
+            continue
         if len(found.schedules) >= count_max or (size >= bytes_max and found.schedules):
-            return SchedulesRead(found.schedules, (due, number), found.corrupt, found.unread)
+            return replace(found, next_key=(due, number))
         try:
             decode_number(row, value)
             schedule = find_schedule(reader, number)
@@ -141,6 +151,12 @@ def read_schedules(reader: Reader, start: tuple[int, int], count_max: int, bytes
         size += schedule.message.size
         found.schedules.append(schedule)
     return found
+
+
+def _at_or_before(row: bytes) -> tuple[int, int]:
+    """The first place in order of time that a row which is not before this key of the index can have."""
+    _, due, number = _unkey16(row[:_KEY_BYTES].ljust(_KEY_BYTES, b"\0"))
+    return due, number
 
 
 def find_schedule(reader: Reader, number: int) -> Schedule | None:
