@@ -245,6 +245,8 @@ class Choosing:
             blocked = self._sweep()
         self._busy = False
         queue = self.queue
+        if queue.trims:  # before more is read, and the oldest ones are left to the store for it
+            queue.core.trim(queue)
         limits = queue.core.limits
         hungry = self._hungry()
         if queue.routes is not None and not blocked:
