@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core import queue as queue_module
 from pybroker.core.consumer import Consumer
 from pybroker.core.groups import BUCKETS, NAME_MAX, closes, group_of
+from pybroker.core.loading import from_store
 from pybroker.message import Message, encode_headers
 from tests.core.bench import Bench
 
@@ -110,6 +112,32 @@ def test_each_consumer_is_asked_once_about_each_message(monkeypatch: pytest.Monk
         bench.settle()
     assert bench.queue(QUEUE).depth == 0
     assert asked <= 20 * 1_000
+
+
+def test_an_idle_consumer_does_not_make_others_read_the_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read from the store for a deep queue is a few times its depth, whoever else stands by."""
+    depth = 400
+    read = 0
+
+    def counting(*row: Any) -> Any:
+        nonlocal read
+        read += 1
+        return from_store(*row)
+
+    monkeypatch.setattr(queue_module, "from_store", counting)
+    bench = Bench(window_messages_max=16)
+    send(bench, *numbers(0, depth), ward="1")
+    bench.settle()
+    slow = subscribe(bench, "ward = 1", prefetch=1)
+    subscribe(bench, "ward = 2", prefetch=10)
+    subscribe(bench, "ward = 3", prefetch=10)
+    bench.settle()
+    for body in numbers(0, depth):
+        assert bench.bodies(slow)[-1] == body
+        bench.ack(slow, body)
+        bench.driver.settle()
+    assert bench.queue(QUEUE).depth == 0
+    assert read <= 4 * depth
 
 
 # ---- message groups

@@ -267,10 +267,22 @@ class Choosing:
             queue.read_from(min(missed))
         if queue.tail is None or queue.page is not None:
             return
+        self._jump(hungry, queue.tail)
         limits = queue.core.limits
         if len(self.window) >= queue.core.page_below or self.window.size > limits.window_bytes_max // 2:
             self._evict(queue.core.page_below - 1, limits.window_bytes_max // 2)
         queue.request_page()
+
+    def _jump(self, hungry: list[Place], tail: int) -> None:
+        """Go on to read where those come to something new: what all of them have passed needs not be read again for them."""
+        low = min(place.mark for place in hungry)
+        if low <= tail:
+            return
+        for place in (*self._places.values(), self._network):
+            if place.mark < low and place.missed is None:
+                place.miss(max(place.mark, tail))
+        self.skipped = tail if self.skipped is None else min(self.skipped, tail)
+        self.queue.tail = low
 
     def _hungry(self) -> list[Place]:
         """The consumers that may be given something now."""
