@@ -130,6 +130,8 @@ class Choosing:
         priorities = {each.options.priority for each in self._places}
         if len(priorities) < 2 and not self.groups and not any(map(is_choosy, self._places)):
             self._end()
+        else:
+            self.rerouted()  # what had to stay while he was here may go on now
 
     def _choose_owner(self) -> None:
         exclusive = [place for consumer, place in self._places.items() if consumer.options.exclusive]
