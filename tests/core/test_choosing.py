@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core import choosing as choosing_module
 from pybroker.core import queue as queue_module
 from pybroker.core.consumer import Consumer
 from pybroker.core.groups import BUCKETS, NAME_MAX, closes, group_of
@@ -249,6 +250,22 @@ def test_reading_of_group_headers() -> None:
     ]
 
 
+def test_when_the_last_group_is_closed_the_queue_is_one_like_others() -> None:
+    bench = Bench()
+    first, second = subscribe(bench, prefetch=10), subscribe(bench, prefetch=10)
+    send(bench, b"1", JMSXGroupID="g")
+    assert bench.queue(QUEUE).choosing is not None
+    send(bench, b"end", JMSXGroupID="g", JMSXGroupSeq="-1")
+    assert bench.queue(QUEUE).choosing is None
+    send(bench, b"2", b"3")
+    send(bench, b"4", JMSXGroupID="g")
+    send(bench, b"5", JMSXGroupID="g")
+    bench.settle()
+    seen = [set(bench.bodies(consumer)) for consumer in (first, second)]
+    assert all(len(each & {b"2", b"3"}) == 1 for each in seen)
+    assert any({b"4", b"5"} <= each for each in seen)
+
+
 # ---- exclusive consumers and priority
 
 
@@ -288,3 +305,36 @@ def test_a_higher_priority_is_served_first_while_it_has_credit() -> None:
     send(bench, b"4", b"5")
     bench.settle()
     assert (bench.bodies(high), bench.bodies(low)) == ([b"0", b"1", b"4"], [b"2", b"3", b"5"])
+
+
+def test_a_send_asks_no_more_than_the_first_of_many_who_stand_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a message costs does not grow with the consumers that are able and have seen everything: ranks are kept."""
+    bench = Bench(subscriptions_max=500)
+    on = bench.connect()
+    consumers = [subscribe(bench, priority=number % 2, on=on, prefetch=4) for number in range(300)]
+    send(bench, b"first")
+    ranked = 0
+
+    def counting(place: choosing_module.Place) -> tuple[int, int]:
+        nonlocal ranked
+        ranked += 1
+        return -place.priority, place.turn
+
+    monkeypatch.setattr(choosing_module, "_rank", counting)
+    send(bench, *numbers(0, 299))
+    bench.settle()
+    assert ranked <= 299 * 40
+    counts = [len(bench.bodies(consumer)) for consumer in consumers]
+    assert (counts[::2], counts[1::2]) == ([0] * 150, [2] * 150)
+
+
+def test_what_cannot_be_read_does_not_stop_a_queue_for_good() -> None:
+    """A header block that is none, from code that made one by hand."""
+    bench = Bench()
+    consumer = subscribe(bench, "ward = 1")
+    core = bench.core
+    with pytest.raises(UnicodeDecodeError):
+        core.send(Message(QUEUE, b"bad", b"a:\xff\n"))
+    choosing = bench.driver.core.queue(consumer.queue.destination).choosing
+    assert choosing is not None
+    assert not choosing._busy

@@ -184,13 +184,14 @@ def _check_choosing(choosing: Choosing) -> None:
     late = set(choosing._late)
     for place in choosing._eligible():
         network = place.consumer is None
-        assert place.missed is None or place.mark <= place.missed, (place.mark, place.missed)
+        mark = max(place.mark, choosing._idle_mark) if place in choosing._idle else place.mark
+        assert place.missed is None or mark <= place.missed, (mark, place.missed)
         assert place.missed is None or queue.unloaded is not None, place.missed
-        assert place.mark <= choosing._top, (place.mark, choosing._top)
+        assert mark <= choosing._top, (mark, choosing._top)
         for entry in choosing.window:
-            if entry.order < place.mark and entry.order not in late:
+            if entry.order < mark and entry.order not in late:
                 stays = network and not _takers(queue, entry.message)
-                assert stays or not choosing._takes(place, entry), (entry, place.mark, "passed over for good")
+                assert stays or not choosing._takes(place, entry), (entry, mark, "passed over for good")
     for place in choosing._hungry():
         assert place.missed is None, (place.missed, "something in the store for somebody who is able")
         assert queue.tail is None or queue.page is not None, (queue, "nobody reads on for somebody who is able")
