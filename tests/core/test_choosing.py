@@ -176,6 +176,22 @@ def test_a_closing_message_goes_to_the_owner_and_frees_the_group() -> None:
     assert bench.bodies(second) == [b"other", b"again"]
 
 
+def test_a_delivery_reads_its_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counting(message: Message) -> bytes:
+        read.append(message.body)
+        return group_of(message)
+
+    monkeypatch.setattr(choosing_module, "group_of", counting)
+    bench = Bench()
+    for _ in range(3):
+        subscribe(bench, prefetch=100)
+    for number in range(20):
+        send(bench, b"%d" % number, JMSXGroupID=f"g{number % 4}")
+    assert read == numbers(0, 20)
+
+
 def test_a_group_waits_for_its_owner_while_others_are_served() -> None:
     bench = Bench()
     owner = subscribe(bench, prefetch=1)

@@ -364,10 +364,10 @@ class Choosing:
             if 0 < entry.message.expires <= now:
                 window.discard(entry.order)
                 self.queue.core.expire(entry)
-            elif (chosen := self._choose(entry, idle)) is not None:
+            elif (chosen := self._choose(entry, name := self._group_of(entry), idle)) is not None:
                 del idle[bisect_left(idle, _rank(chosen), key=_rank)]
                 self._pass(chosen, self._idle_mark)
-                if self._give(entry, chosen):
+                if self._give(entry, name, chosen):
                     insort(idle, chosen, key=_rank)
             if self._idle is not idle:
                 return False
@@ -422,11 +422,12 @@ class Choosing:
             if is_late:
                 asked = [*active, *(place for place in joining if place.missed is None or order < place.missed)]
                 asked.sort(key=_rank)
-            chosen = self._choose(entry, asked)
+            name = self._group_of(entry)
+            chosen = self._choose(entry, name, asked)
             if chosen is not None:
                 taking = active if chosen in active else joining
                 taking.remove(chosen)
-                if not self._give(entry, chosen):
+                if not self._give(entry, name, chosen):
                     self._pass(chosen, at if taking is active else 0)
                 elif taking is active:
                     insort(active, chosen, key=_rank)
@@ -465,10 +466,13 @@ class Choosing:
             self._idle_mark = max([at, *(place.mark for place in joining)])
             self._top = max(self._top, self._idle_mark)
 
-    def _choose(self, entry: Entry, asked: list[Place]) -> Place | None:
-        """Who of those gets an entry: the first one that may take it; a new group goes to him who has the fewest."""
+    def _group_of(self, entry: Entry) -> bytes:
+        """The group that decides who gets an entry, empty = none does."""
+        return group_of(entry.message) if self._owner is None else b""
+
+    def _choose(self, entry: Entry, name: bytes, asked: list[Place]) -> Place | None:
+        """Who of those gets an entry of a group: the first one that may take it; a new group goes to him who has the fewest."""
         message = entry.message
-        name = group_of(message) if self._owner is None else b""
         owner = self.groups.owner(name) if name else None
         if owner is not None:
             asked = [place] if (place := self._places[owner]) in asked else []
@@ -485,15 +489,14 @@ class Choosing:
     def _groups_of(self, place: Place) -> int:
         return 0 if place.consumer is None else self.groups.count(place.consumer)
 
-    def _give(self, entry: Entry, place: Place) -> bool:
-        """Deliver an entry of the window; True when the consumer may be given more."""
+    def _give(self, entry: Entry, name: bytes, place: Place) -> bool:
+        """Deliver an entry of the window, which is of a group of that name; True when the consumer may be given more."""
         consumer = place.consumer
         assert consumer is not None
         self.window.discard(entry.order)
         self.queue._deliver(entry, consumer)
         self._turn += 1
         place.turn = self._turn
-        name = group_of(entry.message) if self._owner is None else b""
         if name:
             if closes(entry.message):
                 if self.groups.close(name):
