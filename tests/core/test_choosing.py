@@ -115,6 +115,30 @@ def test_each_consumer_is_asked_once_about_each_message(monkeypatch: pytest.Monk
     assert asked <= 20 * 1_000
 
 
+def test_of_many_selectors_only_those_that_may_be_true_are_asked() -> None:
+    bench = Bench()
+    on = bench.connect()
+    consumers = [subscribe(bench, f"ward = {number}", on=on, prefetch=100) for number in range(100)]
+    some = subscribe(bench, "ward > 97", on=on, prefetch=100)
+    late = subscribe(bench, "ward = 7 AND bed = 2", on=on, priority=5, prefetch=100)
+    asked = 0
+    for place in bench.queue(QUEUE).choosing._places.values():  # type: ignore[union-attr]
+
+        def counting(message: Message, matches: Any = place.matches) -> bool:
+            nonlocal asked
+            asked += 1
+            return bool(matches(message))
+
+        place.matches = counting
+    for number in (3, 99, 7, 3, 7, 1_000, 42):
+        send(bench, b"%d" % number, ward=str(number), bed="1")
+    send(bench, b"bed", ward="7", bed="2")
+    bench.settle()
+    assert [len(bench.bodies(consumers[number])) for number in (3, 7, 42, 99)] == [2, 2, 1, 1]
+    assert (bench.bodies(some), bench.bodies(late)) == ([b"1000"], [b"bed"])
+    assert asked <= 3 * 8
+
+
 def test_an_idle_consumer_does_not_make_others_read_the_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read from the store for a deep queue is a few times its depth, whoever else stands by."""
     depth = 400

@@ -22,11 +22,16 @@ from pybroker.core.entry import Entry
 from pybroker.core.groups import Groups, closes, group_of
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
+from pybroker.selectors import compile_selector
+from pybroker.selectors.index import SelectorIndex
 
 if TYPE_CHECKING:
     from pybroker.core.consumer import Consumer
     from pybroker.core.queue import Queue
     from pybroker.message import Message
+
+
+NARROW_FROM = 16  # so many are asked one by one; of more only those whose selectors may be true
 
 
 class Place:
@@ -85,12 +90,14 @@ class Choosing:
         "_differ",
         "_idle",
         "_idle_mark",
+        "_index",
         "_late",
         "_network",
         "_owner",
         "_places",
         "_top",
         "_turn",
+        "_unpicky",
         "groups",
         "queue",
         "skipped",
@@ -110,6 +117,8 @@ class Choosing:
         self._top = 0  # no mark is higher
         self._late: list[int] = []  # entries of the window that came below a mark, ascending; some may be gone
         self._idle: list[Place] = []  # by rank: all that may be given something now, if all have come to `_idle_mark`
+        self._index: SelectorIndex[Place] | None = None  # those with selectors, if most of all ask for one value
+        self._unpicky: list[Place] | None = None  # those without; None = both are to be made anew
         self._idle_mark = 0  # goes before their own marks
         self._busy = False
         self._again = False
@@ -145,6 +154,7 @@ class Choosing:
 
     def _look(self) -> None:
         """Others consume than before."""
+        self._index = self._unpicky = None
         priorities = {each.options.priority for each in self._places}
         self._differ = len(priorities) > 1 or any(map(is_choosy, self._places))
         exclusive = [place for consumer, place in self._places.items() if consumer.options.exclusive]
@@ -476,6 +486,8 @@ class Choosing:
         owner = self.groups.owner(name) if name else None
         if owner is not None:
             asked = [place] if (place := self._places[owner]) in asked else []
+        elif len(asked) > NARROW_FROM:
+            asked = self._narrowed(message, asked)
         best: Place | None = None
         for place in asked:
             if best is not None and (not name or place.priority < best.priority):
@@ -485,6 +497,25 @@ class Choosing:
             if place.matches is None or place.matches(message):
                 best = place
         return best
+
+    def _narrowed(self, message: Message, asked: list[Place]) -> list[Place]:
+        """Of those, which are in order of rank, all that may take a message."""
+        if self._unpicky is None:
+            places = self._places.values()
+            self._unpicky = [place for place in places if place.matches is None]
+            pairs = [
+                (compile_selector(consumer.options.selector), place)
+                for consumer, place in self._places.items()
+                if place.matches is not None
+            ]
+            if 2 * sum(selector.equals is not None for selector, _ in pairs) > len(places):
+                self._index = SelectorIndex(pairs)
+        if self._index is None:
+            return asked
+        found = [*self._unpicky, *(place for _, place in self._index.candidates(message))]
+        found.sort(key=_rank)
+        ranks = [bisect_left(asked, _rank(place), key=_rank) for place in found]
+        return [place for place, at in zip(found, ranks, strict=True) if at < len(asked) and asked[at] is place]
 
     def _groups_of(self, place: Place) -> int:
         return 0 if place.consumer is None else self.groups.count(place.consumer)
