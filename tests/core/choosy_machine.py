@@ -8,6 +8,7 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
+from pybroker.core import choosing
 from pybroker.core import groups as groups_module
 from pybroker.core.consumer import ACK_MODES
 from tests.core.machine import LIMITS, CoreMachine, index
@@ -31,12 +32,14 @@ class ChoosyMachine(CoreMachine):
         window=st.sampled_from((1, 2, 4, 8)),
         names=st.sampled_from((0, 100)),
         delay=st.sampled_from((0, 0, 50)),
+        narrow_from=st.sampled_from((0, 16)),
     )
     def first(  # type: ignore[override]
-        self, about: str, exclusive: bool, expiring: bool, window: int, names: int, delay: int
+        self, about: str, exclusive: bool, expiring: bool, window: int, names: int, delay: int, narrow_from: int
     ) -> None:
         self.limits = replace(LIMITS, window_messages_max=window, groups_max=names)
         self.patches.enter_context(patch.object(groups_module, "BUCKETS", 1 << 30))
+        self.patches.enter_context(patch.object(choosing, "NARROW_FROM", narrow_from))
         self._open(delay, 2)
         self.focus = ("/queue/a",)
         self.lasting = (0, 50, 1_500) if expiring else (0,)

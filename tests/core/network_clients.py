@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
-from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION
+from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION, Queue
 from pybroker.message import Message
 from tests.core.network import Broker, World
 
@@ -75,6 +76,7 @@ class Member:
     durable_name: str
     connection: Connection = field(repr=False)
     consumer: Consumer = field(repr=False)
+    wants: bytes = b""  # the header line that its selector asks for, empty = no selector
     settled: int = 0  # the last message that was sent before everything had come to rest, 0 = it has not since it came
     alive: bool = True
     last: dict[tuple[str, int], Sent] = field(default_factory=dict, repr=False)
@@ -151,13 +153,19 @@ class ClientWorld(World):
         broker.run(act)
         return sent
 
-    def join(self, broker: Broker, destination: str, *, durable_name: str = "", prefetch: int = 2) -> Member:
+    def join(
+        self, broker: Broker, destination: str, *, durable_name: str = "", prefetch: int = 2, wants: bytes = b""
+    ) -> Member:
+        """A consumer comes. `wants`: the header line, ``name:number``, that its selector asks for."""
+        options = ConsumerOptions(wants.decode().replace(":", " = ").strip())
         durable = {"client_id": "client", "durable_name": durable_name} if durable_name else {}
 
         def act(core: Core) -> Member:
             connection = core.connect(None)
-            consumer = core.subscribe(connection, destination, "individual", prefetch=prefetch, **durable)
-            member = Member(len(self.members), broker, destination, durable_name, connection, consumer)
+            consumer = core.subscribe(
+                connection, destination, "individual", prefetch=prefetch, options=options, **durable
+            )
+            member = Member(len(self.members), broker, destination, durable_name, connection, consumer, wants)
             consumer.context = member
             if any(each.destination == destination for each in self.members):
                 self.shared.add(destination)
@@ -167,7 +175,7 @@ class ClientWorld(World):
             core.start(consumer)
             return member
 
-        self.note("join", broker.name, destination, durable_name)
+        self.note("join", broker.name, destination, durable_name, *([wants] if wants else []))
         self.changes += 1
         member: Member = broker.run(act)
         return member
@@ -299,6 +307,8 @@ class ClientWorld(World):
         sent = self.book.get(int(message.body.split(b":")[0]))
         if sent is None:
             raise Broken(f"{message!r} was never sent")
+        if member.wants not in message.header_block:
+            raise Broken(f"{sent} is not for {member}")
         self._check_content(sent, message)
         self._check_reason(sent, member, entry)
         self._check_order(sent, member, entry)
@@ -348,6 +358,12 @@ class ClientWorld(World):
         for member in self.alive():
             member.settled = len(self.book) or 1
         self.settled_durables = set(self.durables)
+
+    def waiting(self, broker: Broker, queue: Queue) -> list[Message]:
+        """What is ready in a queue; of transient messages those in the window."""
+        stored = broker.store.read_page(queue.queue_id, 0, 100_000, 1 << 30).entries
+        messages = {row.order: row.message for row in stored if row.order not in queue.outstanding}
+        return list((messages | {entry.order: entry.message for entry in queue.window}).values())
 
     def census(self) -> Counter[int]:
         """How many copies of each queue's message there are in the stores, and in no other place."""

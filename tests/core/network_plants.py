@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from pybroker.core import forwarding
+from pybroker.core.choosing import Choosing
 from pybroker.core.forwarding import _copy, give_back
 from pybroker.core.links import Link, Links, Peer
 from pybroker.core.producers import Producer
@@ -159,6 +160,19 @@ def unmarked() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def overlooked() -> Iterator[None]:
+    """What had to stay for a plain consumer is not looked at again when he has left, and a selective one is still there."""
+
+    def leave(self: Choosing, consumer: Any) -> None:
+        with mock.patch.object(Choosing, "rerouted"):
+            plain(self, consumer)
+
+    plain = Choosing.leave
+    with mock.patch.object(Choosing, "leave", leave):
+        yield
+
+
 @dataclass(frozen=True)
 class Plant:
     """A bug, and in how many stories of which kind it is looked for."""
@@ -194,4 +208,5 @@ PLANTS = [
     Plant(reused, Kind(faults=3.0)),
     Plant(unasked),
     Plant(unmarked),
+    Plant(overlooked, Kind(faults=0.0, queues=("/queue/a",), topics=False, expiring=False, choosy=True, hops=(16,))),
 ]

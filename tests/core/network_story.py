@@ -12,11 +12,26 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
+from pybroker.core.forwarding import demands
+from pybroker.core.groups import group_of
+from pybroker.core.queue import Queue
+from pybroker.message import Message
+from tests.core.network import Broker
 from tests.core.network_clients import Broken, ClientWorld, Member
 
 QUEUES = ("/queue/a", "/queue/b", "/queue/only")
 TOPICS = ("/topic/t.x", "/topic/t.y")
 PATTERNS = ("/topic/t.x", "/topic/t.*", "/topic/t.>")
+BLOCKS = (b"", b"k:v\n")
+CHOOSY_BLOCKS = (
+    b"",
+    b"s:1\n",
+    b"s:2\n",
+    b"s:1\nJMSXGroupID:g\n",
+    b"JMSXGroupID:h\n",
+    b"JMSXGroupID:h\nJMSXGroupSeq:-1\n",
+)
+WANTED = (b"", b"", b"s:1\n", b"s:2\n")
 DURABLE_NAMES = ("one", "two")
 LIMITS = Limits(
     window_messages_max=4,
@@ -54,9 +69,11 @@ class Kind:
 
     steps: int = 250
     faults: float = 1.0  # 0: nothing fails
+    queues: tuple[str, ...] = QUEUES
     topics: bool = True
     expiring: bool = True
     nacks: bool = True
+    choosy: bool = False  # some consumers of queues have selectors, and some messages are of groups
     removals: float = 0.0  # how often a peer is removed: what waits for it may then be there twice
     hops: tuple[int, ...] = (16, 16, 2)
 
@@ -69,7 +86,7 @@ class Teller:
         self.kind = kind
         rng = self.random = random.Random(f"story {seed}")
         names = "abcde"[: rng.choice((2, 2, 3, 3, 4, 5))]
-        hops_max = rng.choice(kind.hops)
+        hops_max = self.hops_max = rng.choice(kind.hops)
         network = NetworkConfig(
             hops_max=hops_max,
             link_messages_max=rng.choice((2, 4, 30)),
@@ -122,7 +139,7 @@ class Teller:
     def send(self) -> None:
         rng = self.random
         kind = self.kind
-        destinations = QUEUES + TOPICS if kind.topics else QUEUES
+        destinations = kind.queues + TOPICS if kind.topics else kind.queues
         destination = rng.choice(destinations)
         broker = rng.choice(self.brokers)
         count = rng.choice((1, 1, 3, 8))
@@ -135,7 +152,7 @@ class Teller:
                 durable=rng.random() < 0.8,
                 priority=rng.choice((4, 4, 4, 0, 9)),
                 expires=expires and self.world.now + expires,
-                block=rng.choice((b"", b"k:v\n")),
+                block=rng.choice(CHOOSY_BLOCKS if kind.choosy else BLOCKS),
             )
 
     def join(self) -> None:
@@ -154,12 +171,12 @@ class Teller:
                     return
             world.join(broker, pattern, durable_name=name, prefetch=prefetch)
             return
-        queue = rng.choice(QUEUES)
+        queue = rng.choice(self.kind.queues)
         if queue == "/queue/only":  # one consumer, that stays
             if not any(each.destination == queue for each in world.members):
                 world.join(self.home[queue], queue, prefetch=prefetch)
             return
-        world.join(broker, queue, prefetch=prefetch)
+        world.join(broker, queue, prefetch=prefetch, wants=rng.choice(WANTED) if self.kind.choosy else b"")
 
     def _busy(self, broker: str, name: str) -> bool:
         return any(each.receiver == (broker, name) for each in self.world.alive())
@@ -254,20 +271,30 @@ class Teller:
     def check_nobody_waits(self) -> None:
         """Nothing is ready anywhere that some consumer could take (but beyond the hop limit), and nothing is on its way."""
         world = self.world
-        able = {each.destination for each in world.alive() if self._able(each)}
+        able = {each.destination for each in world.alive() if self._able(each) and not each.wants}
         for broker in self.brokers:
             for queue in broker.core.queues.values():
                 if queue.kind == "link":
                     assert not queue.depth, f"{queue} at {broker.name} is on its way still"
                 name = f"/queue/{queue.name}"
-                if queue.kind != "queue" or name not in able or queue.consumers:
+                if queue.kind != "queue" or name not in able or demands(queue):
                     continue
-                if any(len(each.core.by_destination[name].consumers) for each in self.withheld(name)):
+                if any(map(demands, (each.core.by_destination[name] for each in self.withheld(name)))):
                     continue
                 left = queue.depth - len(queue.outstanding)  # which has those that are at the hop limit
+                if queue.choosing is not None:
+                    left = len([each for each in world.waiting(broker, queue) if not self._stays(queue, each)])
                 assert not left, f"{left} of {queue} at {broker.name} wait, and somebody could take them"
 
-    def withheld(self, destination: str) -> list[object]:
+    def _stays(self, queue: Queue, message: Message) -> bool:
+        """Whether a message of a choosy queue has to stay where it is: at the hop limit, or as one of somebody's group."""
+        passed = () if message.route is None else message.route.passed
+        name = group_of(message)
+        choosing = queue.choosing
+        owned = choosing is not None and bool(name) and choosing.groups.owner(name) is not None
+        return owned or len(passed) >= self.hops_max
+
+    def withheld(self, destination: str) -> list[Broker]:
         """Brokers that ask for no more of a queue at present, because so much waits there."""
         return [
             broker
@@ -283,4 +310,7 @@ class Teller:
         """Everything was consumed, but what is at the hop limit."""
         for broker in self.brokers:
             for queue in broker.core.queues.values():
-                assert queue.depth == len(queue.stranded), f"{queue} at {broker.name} was not emptied"
+                stay = len(queue.stranded)
+                if queue.choosing is not None:
+                    stay = sum(self._stays(queue, each) for each in self.world.waiting(broker, queue))
+                assert queue.depth == stay, f"{queue} at {broker.name} was not emptied"

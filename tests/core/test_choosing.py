@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core import choosing as choosing_module
+from pybroker.core import queue as queue_module
 from pybroker.core.consumer import Consumer
 from pybroker.core.groups import BUCKETS, NAME_MAX, closes, group_of
+from pybroker.core.loading import from_store
 from pybroker.message import Message, encode_headers
 from tests.core.bench import Bench
 
@@ -112,6 +115,56 @@ def test_each_consumer_is_asked_once_about_each_message(monkeypatch: pytest.Monk
     assert asked <= 20 * 1_000
 
 
+def test_of_many_selectors_only_those_that_may_be_true_are_asked() -> None:
+    bench = Bench()
+    on = bench.connect()
+    consumers = [subscribe(bench, f"ward = {number}", on=on, prefetch=100) for number in range(100)]
+    some = subscribe(bench, "ward > 97", on=on, prefetch=100)
+    late = subscribe(bench, "ward = 7 AND bed = 2", on=on, priority=5, prefetch=100)
+    asked = 0
+    for place in bench.queue(QUEUE).choosing._places.values():  # type: ignore[union-attr]
+
+        def counting(message: Message, matches: Any = place.matches) -> bool:
+            nonlocal asked
+            asked += 1
+            return bool(matches(message))
+
+        place.matches = counting
+    for number in (3, 99, 7, 3, 7, 1_000, 42):
+        send(bench, b"%d" % number, ward=str(number), bed="1")
+    send(bench, b"bed", ward="7", bed="2")
+    bench.settle()
+    assert [len(bench.bodies(consumers[number])) for number in (3, 7, 42, 99)] == [2, 2, 1, 1]
+    assert (bench.bodies(some), bench.bodies(late)) == ([b"1000"], [b"bed"])
+    assert asked <= 3 * 8
+
+
+def test_an_idle_consumer_does_not_make_others_read_the_queue_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read from the store for a deep queue is a few times its depth, whoever else stands by."""
+    depth = 400
+    read = 0
+
+    def counting(*row: Any) -> Any:
+        nonlocal read
+        read += 1
+        return from_store(*row)
+
+    monkeypatch.setattr(queue_module, "from_store", counting)
+    bench = Bench(window_messages_max=16)
+    send(bench, *numbers(0, depth), ward="1")
+    bench.settle()
+    slow = subscribe(bench, "ward = 1", prefetch=1)
+    subscribe(bench, "ward = 2", prefetch=10)
+    subscribe(bench, "ward = 3", prefetch=10)
+    bench.settle()
+    for body in numbers(0, depth):
+        assert bench.bodies(slow)[-1] == body
+        bench.ack(slow, body)
+        bench.driver.settle()
+    assert bench.queue(QUEUE).depth == 0
+    assert read <= 4 * depth
+
+
 # ---- message groups
 
 
@@ -145,6 +198,22 @@ def test_a_closing_message_goes_to_the_owner_and_frees_the_group() -> None:
     bench.settle()
     assert bench.bodies(first) == [b"1", b"end"]
     assert bench.bodies(second) == [b"other", b"again"]
+
+
+def test_a_delivery_reads_its_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def counting(message: Message) -> bytes:
+        read.append(message.body)
+        return group_of(message)
+
+    monkeypatch.setattr(choosing_module, "group_of", counting)
+    bench = Bench()
+    for _ in range(3):
+        subscribe(bench, prefetch=100)
+    for number in range(20):
+        send(bench, b"%d" % number, JMSXGroupID=f"g{number % 4}")
+    assert read == numbers(0, 20)
 
 
 def test_a_group_waits_for_its_owner_while_others_are_served() -> None:
@@ -221,6 +290,22 @@ def test_reading_of_group_headers() -> None:
     ]
 
 
+def test_when_the_last_group_is_closed_the_queue_is_one_like_others() -> None:
+    bench = Bench()
+    first, second = subscribe(bench, prefetch=10), subscribe(bench, prefetch=10)
+    send(bench, b"1", JMSXGroupID="g")
+    assert bench.queue(QUEUE).choosing is not None
+    send(bench, b"end", JMSXGroupID="g", JMSXGroupSeq="-1")
+    assert bench.queue(QUEUE).choosing is None
+    send(bench, b"2", b"3")
+    send(bench, b"4", JMSXGroupID="g")
+    send(bench, b"5", JMSXGroupID="g")
+    bench.settle()
+    seen = [set(bench.bodies(consumer)) for consumer in (first, second)]
+    assert all(len(each & {b"2", b"3"}) == 1 for each in seen)
+    assert any({b"4", b"5"} <= each for each in seen)
+
+
 # ---- exclusive consumers and priority
 
 
@@ -260,3 +345,36 @@ def test_a_higher_priority_is_served_first_while_it_has_credit() -> None:
     send(bench, b"4", b"5")
     bench.settle()
     assert (bench.bodies(high), bench.bodies(low)) == ([b"0", b"1", b"4"], [b"2", b"3", b"5"])
+
+
+def test_a_send_asks_no_more_than_the_first_of_many_who_stand_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a message costs does not grow with the consumers that are able and have seen everything: ranks are kept."""
+    bench = Bench(subscriptions_max=500)
+    on = bench.connect()
+    consumers = [subscribe(bench, priority=number % 2, on=on, prefetch=4) for number in range(300)]
+    send(bench, b"first")
+    ranked = 0
+
+    def counting(place: choosing_module.Place) -> tuple[int, int]:
+        nonlocal ranked
+        ranked += 1
+        return -place.priority, place.turn
+
+    monkeypatch.setattr(choosing_module, "_rank", counting)
+    send(bench, *numbers(0, 299))
+    bench.settle()
+    assert ranked <= 299 * 40
+    counts = [len(bench.bodies(consumer)) for consumer in consumers]
+    assert (counts[::2], counts[1::2]) == ([0] * 150, [2] * 150)
+
+
+def test_what_cannot_be_read_does_not_stop_a_queue_for_good() -> None:
+    """A header block that is none, from code that made one by hand."""
+    bench = Bench()
+    consumer = subscribe(bench, "ward = 1")
+    core = bench.core
+    with pytest.raises(UnicodeDecodeError):
+        core.send(Message(QUEUE, b"bad", b"a:\xff\n"))
+    choosing = bench.driver.core.queue(consumer.queue.destination).choosing
+    assert choosing is not None
+    assert not choosing._busy

@@ -20,6 +20,8 @@ KINDS = {
     "calm": Kind(faults=0.0, expiring=False),
     "failing": Kind(faults=3.0, expiring=False, steps=350),
     "queues": Kind(topics=False, hops=(16, 3, 2)),
+    "choosy": Kind(queues=("/queue/a", "/queue/only"), topics=False, choosy=True, hops=(16, 16, 3)),
+    "choosy and failing": Kind(faults=3.0, choosy=True),
     "removals": Kind(faults=2.0, removals=0.5),
 }
 STORIES = 60  # of each kind, in twelve parts

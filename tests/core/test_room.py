@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from pybroker.consumer_options import ConsumerOptions
 from pybroker.errors import BrokerFull, SlowConsumer
-from pybroker.message import Message
+from pybroker.message import Message, encode_headers
 from tests.core.bench import Bench
 
 A, T = "/queue/a", "/topic/t"
@@ -92,6 +93,55 @@ def test_what_a_consumer_has_is_not_dropped():
     b.ack(consumer, b"1")
     b.ack(consumer, b"2")
     assert b.queue(A).depth == 0
+
+
+@pytest.mark.parametrize("durable", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 8, 100])
+@pytest.mark.parametrize("headers", [{"ward": "1"}, {"JMSXGroupID": "g"}])
+def test_the_oldest_make_room_where_somebody_able_may_not_take_them(
+    durable: bool, window: int, headers: dict[str, str]
+):
+    """The head of the queue is in the store, and the newest messages in memory: those are not the ones that go."""
+    b = bench(messages_max=20, full_policy="drop_oldest", window=window)
+    block = encode_headers(headers)
+    owner = b.subscribe(A, options=ConsumerOptions("ward = 1"), prefetch=1)
+    picky = b.subscribe(A, options=ConsumerOptions("ward = 2"), prefetch=1_000)
+    if "ward" not in headers:  # the group of an owner who has no credit
+        owner = b.subscribe(A, options=ConsumerOptions("JMSXGroupID = 'g'"), prefetch=1)
+        b.subscribe(A, options=ConsumerOptions("JMSXGroupID = 'g'"), prefetch=1_000)
+    for number in range(100):
+        b.send(A, b"%d" % number, durable=durable, header_block=block)
+        b.settle()
+        assert b.queue(A).depth <= 20
+    assert b.bodies(owner) == [b"0"]
+    assert not b.bodies(picky)
+    assert b.queue(A).counts.dropped == 80
+    for number in range(81, 100):
+        b.ack(owner, b.bodies(owner)[-1])
+        b.settle()
+        assert b.bodies(owner)[-1] == b"%d" % number
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_what_somebody_waits_for_does_not_go_before_what_is_older(window: int):
+    b = bench(messages_max=20, full_policy="drop_oldest", window=window)
+    urgent = b.subscribe(A, options=ConsumerOptions("JMSPriority = 9"), prefetch=1)
+    b.subscribe(A, options=ConsumerOptions("ward = 2"), prefetch=1_000)
+    b.send(A, b"urgent 0", priority=9)
+    for number in range(30):
+        b.send(A, b"%d" % number)
+        b.settle()
+    b.send(A, b"urgent 1", priority=9)
+    b.settle()
+    for number in range(30, 45):
+        b.send(A, b"%d" % number)
+        b.settle()
+    b.ack(urgent, b"urgent 0")
+    b.settle()
+    assert b.bodies(urgent) == [b"urgent 0", b"urgent 1"]
+    everything = b.subscribe(A, prefetch=100)
+    b.settle()
+    assert b.bodies(everything) == [b"%d" % number for number in range(27, 45)]
 
 
 def test_a_crash_brings_back_what_was_kept():

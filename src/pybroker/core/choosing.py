@@ -22,11 +22,16 @@ from pybroker.core.entry import Entry
 from pybroker.core.groups import Groups, closes, group_of
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
+from pybroker.selectors import compile_selector
+from pybroker.selectors.index import SelectorIndex
 
 if TYPE_CHECKING:
     from pybroker.core.consumer import Consumer
     from pybroker.core.queue import Queue
     from pybroker.message import Message
+
+
+NARROW_FROM = 16  # so many are asked one by one; of more only those whose selectors may be true
 
 
 class Place:
@@ -82,12 +87,17 @@ class Choosing:
     __slots__ = (
         "_again",
         "_busy",
+        "_differ",
+        "_idle",
+        "_idle_mark",
+        "_index",
         "_late",
         "_network",
         "_owner",
         "_places",
         "_top",
         "_turn",
+        "_unpicky",
         "groups",
         "queue",
         "skipped",
@@ -106,32 +116,47 @@ class Choosing:
         self._turn = 0
         self._top = 0  # no mark is higher
         self._late: list[int] = []  # entries of the window that came below a mark, ascending; some may be gone
+        self._idle: list[Place] = []  # by rank: all that may be given something now, if all have come to `_idle_mark`
+        self._index: SelectorIndex[Place] | None = None  # those with selectors, if most of all ask for one value
+        self._unpicky: list[Place] | None = None  # those without; None = both are to be made anew
+        self._idle_mark = 0  # goes before their own marks
         self._busy = False
         self._again = False
         self._network = Place(None, None, 0)
         self._places: dict[Consumer, Place] = {}  # in the order in which they subscribed
         self._owner: Consumer | None = None  # the exclusive consumer that gets everything
+        self._differ = False  # not all consumers may take everything, or in the same order
         for consumer in queue.consumers:
-            self.join(consumer)
+            self._add(consumer)
+        self._look()
 
     # ---- consumers come and go
 
     def join(self, consumer: Consumer) -> None:
+        self._add(consumer)
+        self._look()
+
+    def _add(self, consumer: Consumer) -> None:
         self._turn += 1
         self._places[consumer] = Place(consumer, self.skipped, self._turn)
-        self._choose_owner()
 
     def leave(self, consumer: Consumer) -> None:
         """A consumer has left; what it holds has not come back yet."""
+        self._part()
         place = self._places.pop(consumer)
         if self.groups.release(consumer):
             self._free(place.mark, place.missed)
-        self._choose_owner()
-        priorities = {each.options.priority for each in self._places}
-        if len(priorities) < 2 and not self.groups and not any(map(is_choosy, self._places)):
+        self._look()
+        if not self._differ and not self.groups:
             self._end()
+        else:
+            self.rerouted()  # what had to stay while he was here may go on now
 
-    def _choose_owner(self) -> None:
+    def _look(self) -> None:
+        """Others consume than before."""
+        self._index = self._unpicky = None
+        priorities = {each.options.priority for each in self._places}
+        self._differ = len(priorities) > 1 or any(map(is_choosy, self._places))
         exclusive = [place for consumer, place in self._places.items() if consumer.options.exclusive]
         owner = max(exclusive, key=lambda place: place.priority).consumer if exclusive else None
         if owner is not self._owner:
@@ -140,6 +165,7 @@ class Choosing:
 
     def _free(self, mark: int, missed: int | None) -> None:
         """What somebody had a right to is anybody's now: entries from `mark` on, or from `missed` on in the store."""
+        self._part()
         for place in (*self._places.values(), self._network):
             place.mark = min(place.mark, mark)
             if missed is not None:
@@ -165,6 +191,7 @@ class Choosing:
         if order not in self.window:
             self._free(order, None)
             return
+        self._part()
         at = bisect_left(self._late, order)
         if at == len(self._late) or self._late[at] != order:
             self._late.insert(at, order)
@@ -201,6 +228,7 @@ class Choosing:
 
     def _evict(self, count_keep: int, size_keep: int) -> None:
         """Leave to the store what nobody wants, and of what somebody wants all but the first so many entries and bytes."""
+        self._part()
         places = self._eligible()
         late = set(self._late)
         size = 0
@@ -240,13 +268,17 @@ class Choosing:
             return
         self._busy = True
         self._again = True
-        while self._again:
-            self._again = False
-            blocked = self._sweep()
-        self._busy = False
+        try:
+            while self._again:
+                self._again = False
+                blocked = self._sweep()
+        finally:
+            self._busy = False
         queue = self.queue
+        if queue.trims:  # before more is read, and the oldest ones are left to the store for it
+            queue.core.trim(queue)
         limits = queue.core.limits
-        hungry = self._hungry()
+        hungry = self._idle or self._hungry()
         if queue.routes is not None and not blocked:
             hungry.append(self._network)
         if hungry:
@@ -257,18 +289,34 @@ class Choosing:
                 self._evict(limits.window_messages_max // 2, limits.window_bytes_max // 2)
             else:
                 queue.shrink(limits.window_messages_max * 3 // 4, limits.window_bytes_max)
+        if not self._differ and not self.groups and not window and queue.unloaded is None:
+            self._end()
 
     def _read_on(self, hungry: list[Place]) -> None:
         queue = self.queue
-        missed = [place.missed for place in hungry if place.missed is not None]
-        if missed:
-            queue.read_from(min(missed))
+        if hungry is not self._idle:
+            missed = [place.missed for place in hungry if place.missed is not None]
+            if missed:
+                queue.read_from(min(missed))
         if queue.tail is None or queue.page is not None:
             return
+        self._jump(hungry, queue.tail)
         limits = queue.core.limits
         if len(self.window) >= queue.core.page_below or self.window.size > limits.window_bytes_max // 2:
             self._evict(queue.core.page_below - 1, limits.window_bytes_max // 2)
         queue.request_page()
+
+    def _jump(self, hungry: list[Place], tail: int) -> None:
+        """Go on to read where those come to something new: what all of them have passed needs not be read again for them."""
+        self._part()
+        low = min(place.mark for place in hungry)
+        if low <= tail:
+            return
+        for place in (*self._places.values(), self._network):
+            if place.mark < low and place.missed is None:
+                place.miss(max(place.mark, tail))
+        self.skipped = tail if self.skipped is None else min(self.skipped, tail)
+        self.queue.tail = low
 
     def _hungry(self) -> list[Place]:
         """The consumers that may be given something now."""
@@ -300,6 +348,41 @@ class Choosing:
             place.mark = order
             self._top = max(self._top, order)
 
+    def _part(self) -> None:
+        """Let each of the idle ones have a mark of its own again."""
+        idle, self._idle = self._idle, []
+        for place in idle:
+            self._pass(place, self._idle_mark)
+
+    def _all_idle(self) -> bool:
+        """Whether all that may be given something now have come equally far, and only what is new needs be looked at."""
+        idle = self._idle
+        if not idle or self._late or self._owner is not None or self.queue.routes is not None:
+            return False
+        if len(idle) != len(self.queue.available):
+            return False
+        return all(place.consumer.listed for place in idle if place.consumer is not None)
+
+    def _give_new(self) -> bool:
+        """As `_sweep` where all are idle; False when they are not any more, and there may be something left."""
+        idle = self._idle
+        window = self.window
+        now = self.queue.core.now
+        while idle and (entry := window.after(self._idle_mark)) is not None:
+            self._idle_mark = entry.order + 1
+            self._top = max(self._top, self._idle_mark)
+            if 0 < entry.message.expires <= now:
+                window.discard(entry.order)
+                self.queue.core.expire(entry)
+            elif (chosen := self._choose(entry, name := self._group_of(entry), idle)) is not None:
+                del idle[bisect_left(idle, _rank(chosen), key=_rank)]
+                self._pass(chosen, self._idle_mark)
+                if self._give(entry, name, chosen):
+                    insort(idle, chosen, key=_rank)
+            if self._idle is not idle:
+                return False
+        return True
+
     def _first_late(self, order: int) -> list[int]:
         """The first late entry of that order or a higher one, if there is one."""
         late = self._late
@@ -310,6 +393,9 @@ class Choosing:
 
     def _sweep(self) -> bool:
         """Give out from the window what can be; True when the network has no room for what it would get."""
+        if self._all_idle() and self._give_new():
+            return False
+        self._part()
         queue = self.queue
         window = self.window
         now = queue.core.now
@@ -346,11 +432,12 @@ class Choosing:
             if is_late:
                 asked = [*active, *(place for place in joining if place.missed is None or order < place.missed)]
                 asked.sort(key=_rank)
-            chosen = self._choose(entry, asked)
+            name = self._group_of(entry)
+            chosen = self._choose(entry, name, asked)
             if chosen is not None:
                 taking = active if chosen in active else joining
                 taking.remove(chosen)
-                if not self._give(entry, chosen):
+                if not self._give(entry, name, chosen):
                     self._pass(chosen, at if taking is active else 0)
                 elif taking is active:
                     insort(active, chosen, key=_rank)
@@ -374,37 +461,73 @@ class Choosing:
             self._pass(place, at)
         if network is not None:
             self._pass(network, at)
+        self._note_idle(active, joining, at)
         return blocked
 
-    def _choose(self, entry: Entry, asked: list[Place]) -> Place | None:
-        """Who of those gets an entry: the first one that may take it; a new group goes to him who has the fewest."""
+    def _note_idle(self, active: list[Place], joining: list[Place], at: int) -> None:
+        """A sweep has come to the end, those of `active` with it, and those of `joining` further."""
+        queue = self.queue
+        if self._late or queue.routes is not None or self._owner is not None or (joining and queue.tail is not None):
+            return
+        idle = [place for place in (*active, *joining) if place.missed is None]
+        if len(idle) == len(queue.available):
+            idle.sort(key=_rank)
+            self._idle = idle
+            self._idle_mark = max([at, *(place.mark for place in joining)])
+            self._top = max(self._top, self._idle_mark)
+
+    def _group_of(self, entry: Entry) -> bytes:
+        """The group that decides who gets an entry, empty = none does."""
+        return group_of(entry.message) if self._owner is None else b""
+
+    def _choose(self, entry: Entry, name: bytes, asked: list[Place]) -> Place | None:
+        """Who of those gets an entry of a group: the first one that may take it; a new group goes to him who has the fewest."""
         message = entry.message
-        name = group_of(message) if self._owner is None else b""
         owner = self.groups.owner(name) if name else None
+        if owner is not None:
+            asked = [place] if (place := self._places[owner]) in asked else []
+        elif len(asked) > NARROW_FROM:
+            asked = self._narrowed(message, asked)
         best: Place | None = None
         for place in asked:
             if best is not None and (not name or place.priority < best.priority):
                 break
-            if owner is not None and owner is not place.consumer:
-                continue
             if best is not None and self._groups_of(place) >= self._groups_of(best):
                 continue
             if place.matches is None or place.matches(message):
                 best = place
         return best
 
+    def _narrowed(self, message: Message, asked: list[Place]) -> list[Place]:
+        """Of those, which are in order of rank, all that may take a message."""
+        if self._unpicky is None:
+            places = self._places.values()
+            self._unpicky = [place for place in places if place.matches is None]
+            pairs = [
+                (compile_selector(consumer.options.selector), place)
+                for consumer, place in self._places.items()
+                if place.matches is not None
+            ]
+            if 2 * sum(selector.equals is not None for selector, _ in pairs) > len(places):
+                self._index = SelectorIndex(pairs)
+        if self._index is None:
+            return asked
+        found = [*self._unpicky, *(place for _, place in self._index.candidates(message))]
+        found.sort(key=_rank)
+        ranks = [bisect_left(asked, _rank(place), key=_rank) for place in found]
+        return [place for place, at in zip(found, ranks, strict=True) if at < len(asked) and asked[at] is place]
+
     def _groups_of(self, place: Place) -> int:
         return 0 if place.consumer is None else self.groups.count(place.consumer)
 
-    def _give(self, entry: Entry, place: Place) -> bool:
-        """Deliver an entry of the window; True when the consumer may be given more."""
+    def _give(self, entry: Entry, name: bytes, place: Place) -> bool:
+        """Deliver an entry of the window, which is of a group of that name; True when the consumer may be given more."""
         consumer = place.consumer
         assert consumer is not None
         self.window.discard(entry.order)
         self.queue._deliver(entry, consumer)
         self._turn += 1
         place.turn = self._turn
-        name = group_of(entry.message) if self._owner is None else b""
         if name:
             if closes(entry.message):
                 if self.groups.close(name):

@@ -38,12 +38,17 @@ def _value(block: bytes, header: bytes) -> bytes:
     return block[start : block.index(b"\n", start)]
 
 
+def may_be_grouped(message: Message) -> bool:
+    """Whether a message names the header of a group; False: it is in none. Costs little where there are no headers."""
+    block = message.header_block
+    return bool(block) and mentions(block, GROUP_HEADER)
+
+
 def group_of(message: Message) -> bytes:
     """The name of a message's group, empty when it is in none."""
-    block = message.header_block
-    if not mentions(block, GROUP_HEADER):
+    if not may_be_grouped(message):
         return b""
-    name = _value(block, GROUP_HEADER)
+    name = _value(message.header_block, GROUP_HEADER)
     return name if len(name) <= NAME_MAX else b"\0" + blake2b(name, digest_size=32).digest()
 
 

@@ -187,12 +187,15 @@ def _check_choosing(choosing: Choosing) -> None:
     )
     late = set(choosing._late)
     for place in choosing._eligible():
-        assert place.missed is None or place.mark <= place.missed, (place.mark, place.missed)
+        network = place.consumer is None
+        mark = max(place.mark, choosing._idle_mark) if place in choosing._idle else place.mark
+        assert place.missed is None or mark <= place.missed, (mark, place.missed)
         assert place.missed is None or queue.unloaded is not None, place.missed
-        assert place.mark <= choosing._top, (place.mark, choosing._top)
+        assert mark <= choosing._top, (mark, choosing._top)
         for entry in choosing.window:
-            if entry.order < place.mark and entry.order not in late:
-                assert not choosing._takes(place, entry), (entry, place.mark, "passed over for good")
+            if entry.order < mark and entry.order not in late:
+                stays = network and not _takers(queue, entry.message)
+                assert stays or not choosing._takes(place, entry), (entry, mark, "passed over for good")
     for place in choosing._hungry():
         assert place.missed is None, (place.missed, "something in the store for somebody who is able")
         assert queue.tail is None or queue.page is not None, (queue, "nobody reads on for somebody who is able")
@@ -231,7 +234,8 @@ def _check_links(links: Links) -> None:
 
 
 def _check_routes(links: Links, queue: Queue) -> None:
-    """A queue knows who wants its messages; who may have the first one has got it, or will be asked when he has room."""
+    """A queue knows who wants its messages; who may have the first one has got it, or will be asked when he has room. So in a
+    choosy queue the first one that nobody here alone may have, and that has not to stay."""
     destination = queue.destination
     wanted: dict[Peer, tuple[int, frozenset[str]]] = {}
     for key in _heard(links):
@@ -243,15 +247,31 @@ def _check_routes(links: Links, queue: Queue) -> None:
             length, origins = wanted.get(peer, (len(best[1]), frozenset()))
             wanted[peer] = min(length, len(best[1])), origins | {key.origin}
     assert (queue.routes or {}) == wanted, (queue, queue.routes, wanted)
-    if not wanted or queue.available or not queue.window or queue.choosing is not None:
+    if not wanted:
         return
-    message = queue.window.first().message
-    passed = message.route.passed if message.route is not None else ()
-    if len(passed) >= links.config.hops_max or (message.expires and message.expires <= links.core.now):
+    waiting = list(queue.window)
+    if (choosing := queue.choosing) is not None:
+        network = choosing._network
+        waiting = [each for each in waiting if choosing._takes(network, each) and _takers(queue, each.message)]
+        if not waiting and not any(queue in peer.blocked for peer in wanted):
+            assert network.missed is None, (queue, network.missed, "something in the store for those who have room")
+            assert queue.tail is None or queue.page is not None, (queue, "nobody reads on for those who have room")
+    elif queue.available:
         return
-    new = {peer for peer, (_, origins) in wanted.items() if origins - set(passed)}
-    for peer in new or (set() if queue.consumers else set(wanted)):
-        assert queue in peer.blocked, (queue, message, f"nobody remembers that it waits for {peer.name}")
+    for entry in waiting[:1]:
+        if not entry.message.expires or entry.message.expires > links.core.now:
+            for peer in _takers(queue, entry.message):
+                assert queue in peer.blocked, (queue, entry, f"nobody remembers that it waits for {peer.name}")
+
+
+def _takers(queue: Queue, message: Message) -> set[Peer]:
+    """The peers that a message of a queue may be forwarded to when they have room; empty when it has to stay."""
+    routes = queue.routes or {}
+    passed = set(message.route.passed) if message.route is not None else set()
+    if message.route is not None and len(message.route.passed) >= queue.core.links.config.hops_max:
+        return set()
+    new = {peer for peer, (_, origins) in routes.items() if origins - passed}
+    return new or (set() if demands(queue) else set(routes))
 
 
 def _check_demand(links: Links) -> None:

@@ -17,14 +17,14 @@ from pybroker.core.choosing import Choosing
 from pybroker.core.consumer import Consumer
 from pybroker.core.counts import QueueCounts
 from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
-from pybroker.core.groups import GROUP_HEADER
+from pybroker.core.groups import may_be_grouped
 from pybroker.core.loading import count_unread, from_store, knows
 from pybroker.core.reads import PageRequest
 from pybroker.core.shared import SharedBody
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
 from pybroker.destination import TOPIC, Destination
-from pybroker.message import Message, mentions
+from pybroker.message import Message
 from pybroker.operations import (
     DELETE_MESSAGE,
     PUT_DELIVERIES,
@@ -128,9 +128,8 @@ class Queue:
         self.consumers: dict[Consumer, None] = {}  # in the order in which they subscribed
         self.choosing: Choosing | None = None  # while not every consumer may take every message
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
-        self.unread: set[int] = (
-            set()
-        )  # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
+        # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
+        self.unread: set[int] = set()
         self.routes: dict[Peer, tuple[int, frozenset[str]]] | None = None  # who of the network wants its messages
         self.stranded: list[Entry] = []  # those of `outstanding` that are at the hop limit
         self.delayed: dict[int, Entry] = {}  # those of `outstanding` that wait for their redelivery
@@ -212,7 +211,7 @@ class Queue:
             and self.tail is None
             and not self.window
             and self.choosing is None
-            and not (message.header_block and mentions(message.header_block, GROUP_HEADER))
+            and not may_be_grouped(message)
         ):
             self._deliver(entry)
         else:
@@ -314,8 +313,7 @@ class Queue:
                     self.request_page()
                 return
             entry = window.pop_first()
-            block = entry.message.header_block
-            if block and mentions(block, GROUP_HEADER) and self.kind in CONSUMED:
+            if may_be_grouped(entry.message) and self.kind in CONSUMED:
                 window.add(entry)
                 Choosing(self).dispatch()
                 return
@@ -347,9 +345,8 @@ class Queue:
         elif len(available) > 1:
             available.rotate(-1)
         if entry.stored:
-            ahead = self.choosing is not None and self.choosing.passed_over(
-                order
-            )  # the mark would be for what it passes, too
+            # ahead: the mark would be for what it passes, too
+            ahead = self.choosing is not None and self.choosing.passed_over(order)
             if entry.deliveries or entry.recorded or ahead:  # a record of 0, too, would go before the mark
                 core.operations.append((PUT_DELIVERIES, self.queue_id, order, entry.deliveries + 1))
                 entry.recorded = True

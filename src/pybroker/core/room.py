@@ -124,7 +124,16 @@ def _destination_error(core: Core, name: str, value: str, policy: DestinationPol
 def trim(queue: Queue) -> None:
     """Drop ready messages of a queue, as its policy says, until there are no more than it may have."""
     lowest = queue.kind == BACKLOG and queue.policy.slow_consumer == DROP_LOWEST_PRIORITY
+    choosing = queue.choosing
     while _too_many(queue):
+        if choosing is not None:
+            if queue.page is not None:  # what is read may be older; this is called again when it is here
+                return
+            skipped = choosing.skipped
+            if skipped is not None and _may_be_older(skipped, queue.window.first_order(skipped)):
+                queue.read_from(skipped)
+                queue.request_page()
+                return
         if not queue.window:
             if queue.tail is not None:
                 queue.request_page()
@@ -133,6 +142,11 @@ def trim(queue: Queue) -> None:
         queue.window.discard(entry.order)
         queue.counts.dropped += 1
         queue.forget(entry)
+
+
+def _may_be_older(skipped: int, first: int) -> bool:
+    """Whether something that a choosy queue has left to the store may be older than the first one of its window."""
+    return skipped <= first or skipped >> SEQUENCE_BITS != first >> SEQUENCE_BITS
 
 
 def _pending_max(queue: Queue) -> int:

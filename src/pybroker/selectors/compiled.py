@@ -18,7 +18,8 @@ class Selector(NamedTuple):
     """A selector that was understood.
 
     text     as it was given
-    matches  whether it is true for a message (unknown is not true); never raises
+    matches  whether it is true for a message (unknown is not true); never raises for a well-formed header block;
+             for another one InvalidMessage or UnicodeDecodeError
     equals   (header, value) when it can only be true where that header is equal to that text or number, else None
     """
 

@@ -32,9 +32,10 @@ class SelectorIndex(Generic[T]):
 
     def match(self, message: Message) -> list[T]:
         """The owners whose selectors are true for a message."""
-        return [owner for selector, owner in self._candidates(message) if selector.matches(message)]
+        return [owner for selector, owner in self.candidates(message) if selector.matches(message)]
 
-    def _candidates(self, message: Message) -> Iterator[tuple[Selector, T]]:
+    def candidates(self, message: Message) -> Iterator[tuple[Selector, T]]:
+        """The selectors that may be true for a message, with their owners: the others are not."""
         yield from self._others
         headers = headers_of(message)
         for header, by_value in self._by_value.items():

@@ -175,7 +175,7 @@ class Among(Node):
 
 
 class Like(Node):
-    """`pattern`: runs between the ``%``, each a list of characters, with None for ``_``."""
+    """`runs`: what stands between the ``%``, each a list of characters, with None for ``_``."""
 
     __slots__ = ("part", "runs")
 
