@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pybroker.destination import NAME_BYTES_MAX, QUEUE, TOPIC, Destination, matches, parse_destination
+from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message, decode_headers, encode_headers
 from pybroker.policies import NAME, DestinationPolicy
@@ -56,11 +56,13 @@ def letter(
 
 
 def _queue_for(core: Core, policy: DestinationPolicy, message: Message) -> Destination:
-    name = parse_destination(message.destination).name
-    text = policy.dead_letter_queue.replace(NAME, name)
-    if len(text.encode()) > NAME_BYTES_MAX:
+    """Where a dead letter goes. Raises nothing: a client chose the name that it is made of, and nobody could mend it."""
+    try:
+        name = parse_destination(message.destination).name
+        target = parse_destination(policy.dead_letter_queue.replace(NAME, name))
+    except InvalidDestination:
         return core.dead_letters  # a name that can't be: the queue of all others
-    return parse_destination(text)
+    return core.dead_letters if target.is_pattern else target
 
 
 def deliver(core: Core, letter: Message) -> None:
