@@ -266,3 +266,33 @@ def test_so_many_a_second_and_all_are_counted(bursts: list[tuple[int, int]], lim
     ((_, headers),) = watcher.news()
     assert counted + 1 + int(headers.get("suppressed", "0")) == sent + 1
     assert bench.driver.core.advisories.suppressed == sent - len(times)
+
+
+@pytest.mark.parametrize("template", ["/queue/DLQ.{name}", "/queue/{name}.DLQ"])
+@pytest.mark.parametrize("to", ["/queue/" + "a" * 1_020, "/topic/x.>", "/topic/x.*", "/queue/" + ".".join("a" * 64)])
+def test_one_about_any_name_is_told_and_if_it_is_rejected_dropped(to: str, template: str) -> None:
+    """Its own name may be too long for a name, or a pattern: nothing takes it for one that a message can be sent to."""
+    policy = ({"match": "/topic/>", "dead_letter_queue": template, "dead_letter_expired": True},)
+    bench = Bench(1, policy=policy, window_messages_max=2)
+    connection = bench.driver.connect("c")
+    watcher = bench.subscribe(ALL, on=connection, durable_name="d")
+    mine = bench.subscribe("/queue/mine", on=connection)
+    bench.send("/queue/mine", b"1")
+    bench.settle()
+    for _ in range(5):
+        bench.leave(bench.subscribe(to))
+    bench.settle()
+    told = bench.entries(watcher)
+    name = to.removeprefix("/queue/").removeprefix("/topic/")
+    assert any(entry.message.destination.endswith(f".{name}") for entry in told)
+    bench.core.reject(watcher, told[0].tag)
+    bench.end()
+    queue = watcher.queue
+    assert (queue.counts.dropped, queue.counts.dead_lettered) == (1, 0)
+    bench.disconnect(connection)
+    bench.settle()
+    assert not bench.queue("/queue/mine").outstanding
+    assert mine not in bench.queue("/queue/mine").consumers
+    assert queue.counts.dropped == len(told)
+    assert bench.core.by_destination.keys() - {to} == {"/queue/mine", "/queue/DLQ"}
+    assert bench.queue("/queue/DLQ").depth == 1, "the message in /queue/mine"
