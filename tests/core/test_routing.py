@@ -8,11 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
+from pybroker.core.consumer import AUTO
 from pybroker.destination import check_sendable, parse_composite
 from pybroker.errors import InvalidDestination, LimitExceeded
 from pybroker.message import Message
 from pybroker.operations import PUT_BODY
 from tests.core.bench import Bench
+from tests.core.network import World
+from tests.core.network_story import chain
 from tests.core.promises import leftovers
 from tests.core.test_browsing import browse_all
 
@@ -97,6 +101,20 @@ def test_a_composite_makes_all_its_queues_or_none():
     assert not bench.core.by_destination
     bench.send(f"{A},b", b"1")
     assert depths(bench) == {A: 1, B: 1}
+
+
+def test_a_composite_that_goes_to_another_broker_too_makes_all_its_queues_or_none():
+    """What is on its way there is in a queue of its own, which is made meanwhile."""
+    world = World(
+        "ab", chain("ab"), limits=Limits(destinations_max=2), delivery=DeliveryPolicy(), network=NetworkConfig()
+    )
+    world.heal()
+    here, there = world.brokers["a"], world.brokers["b"]
+    watcher = there.connect()
+    there.run(lambda core: core.start(core.subscribe(watcher, "/topic/t", AUTO)))
+    world.heal()
+    here.run(lambda core: core.send(Message(f"/topic/t,{A},{B}", b"1")))
+    assert {name: queue.depth for name, queue in here.core.by_destination.items()} == {A: 1, B: 1}
 
 
 def test_a_composite_has_a_limit():

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from pybroker.core.entry import Entry
 
 PREFIX = "ActiveMQ.Advisory."
-TOPIC_PREFIX = f"/topic/{PREFIX}"  # of an advisory's destination; what follows may be longer than a name may be, or a pattern
+TOPIC_PREFIX = (
+    f"/topic/{PREFIX}"  # of an advisory's destination; what follows may be longer than a name may be, or a pattern
+)
 KINDS = {QUEUE: "Queue", TOPIC: "Topic", TEMPORARY_QUEUE: "TempQueue", TEMPORARY_TOPIC: "TempTopic"}
 NAMES_MAX = 10_000  # names whose rate is known
 PRODUCED_MAX = 1_000  # destinations of one connection that it is known to produce for

@@ -105,14 +105,18 @@ class Routing:
                 pending.append(mirror)
         return found
 
-    def new_queues(self, messages: Iterable[Message]) -> set[str]:
-        """The queues that these sends would make."""
-        return {
-            text
-            for message in messages
-            for text in self.destinations(message)
-            if text.startswith("/queue/") and text not in self._core.by_destination
-        }
+    def make_queues(self, names: Iterable[str]) -> None:
+        """Make those of the names that are queues and are not there: all of them, or (LimitExceeded) none.
+
+        To be done before anything is sent there: meanwhile other queues may be made, of dead letters for one.
+        """
+        core = self._core
+        limit = core.limits.destinations_max
+        new = {name: None for name in names if name.startswith("/queue/") and name not in core.by_destination}
+        if new and len(core.queues) + len(new) > limit:
+            raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
+        for name in new:
+            core.add_named_queue(parse_destination(name))
 
     def places(self, message: Message) -> list[str]:
         """The names that get a copy, and those of the queues that collect what is sent to them. Raises as `parse`."""
@@ -126,18 +130,17 @@ class Routing:
         """Give each destination its copy, or none any. Raises LimitExceeded. True when the store will keep one of them."""
         core = self._core
         texts = self.destinations(message)
-        limit = core.limits.destinations_max
-        new = sum(text.startswith("/queue/") and text not in core.by_destination for text in texts)
-        if new and len(core.queues) + new > limit:
-            raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
+        expired = bool(message.expires) and message.expires <= core.now
+        if not expired:
+            self.make_queues(texts)
         stored = False
         for text in texts:
             copy = message if text == message.destination else message.moved_to(text, expires=message.expires)
             target = parse_destination(text)
-            if copy.expires and copy.expires <= core.now:
+            if expired:
                 stored = core.expire_on_arrival(copy) or stored
             elif target.kind == QUEUE:
-                core.queue(target).accept(copy)
+                core.by_destination[text].accept(copy)
                 stored = stored or copy.durable
             elif target.kind == TOPIC:
                 stored = core.publish(copy, target) or stored
