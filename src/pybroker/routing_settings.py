@@ -10,7 +10,7 @@ from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import InvalidDestination, InvalidSelector
 from pybroker.selectors import compile_selector
 
-ENTRIES_MAX = 1_000  # each new destination is compared with all of them once
+ENTRIES_MAX = 1_000  # a name that is sent to is compared with all of them, unless it is one of those remembered
 FORWARD_TO_MAX = 1_000
 SHOWN_LENGTH_MAX = 80
 _KINDS = {"name": (str, "text"), "forward_only": (bool, "true or false"), "filter": (str, "a selector")}

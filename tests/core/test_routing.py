@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
+from pybroker.core import routing
 from pybroker.core.consumer import AUTO
 from pybroker.destination import check_sendable, parse_composite
 from pybroker.errors import InvalidDestination, LimitExceeded
@@ -276,6 +277,78 @@ def test_a_mirrored_queue_is_published_on_its_topic():
         "/queue/b": 1,
         "/queue/Consumer.audit.VirtualTopic.Mirror.a.1": 2,
     }
+
+
+LONG = "/queue/" + "a" * 1_010  # too long for the topic of its mirror
+
+
+@pytest.mark.parametrize("to", [LONG, f"{A},{LONG}", B])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_queue_whose_mirror_can_not_be_is_refused_when_something_is_sent(to: str, there: bool):
+    """Else a commit would find it out in the middle, and a schedule when it is due."""
+    bench = Bench(
+        routing={"mirrored_queues": ["/queue/>"]},
+        composite=({"name": B, "forward_to": [LONG], "filter": "ward = 3"},),
+    )
+    connection = bench.connect()
+    consumer = bench.subscribe(A, on=connection)
+    bench.send(A, b"1")
+    if there:
+        bench.subscribe(LONG)
+    bench.settle()
+    bench.core.begin(connection, "t")
+    bench.ack(consumer, b"1", "t")
+    for block in (b"ward:3\n", b"ward:3\nAMQ_SCHEDULED_DELAY:5\n"):
+        for send in (
+            lambda m: bench.core.send(m),
+            lambda m: bench.core.send_later(connection, m, "t"),
+            lambda m: bench.core.transact([m], (), ()),
+        ):
+            with pytest.raises(
+                InvalidDestination, match=r"is mirrored, and its mirror can't be: .*/topic/VirtualTopic\.Mi"
+            ):
+                send(Message(to, b"x", block))
+    bench.core.commit(connection, "t")
+    bench.end()
+    assert len(bench.core.schedules) == 0
+    assert depths(bench) == {}
+
+
+def test_a_commit_that_finds_something_wrong_gives_all_back(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench()
+    connection = bench.connect()
+    consumer = bench.subscribe(A, on=connection)
+    bench.send(A, b"1")
+    bench.settle()
+    bench.core.begin(connection, "t")
+    bench.ack(consumer, b"1", "t")
+    bench.core.send_later(connection, Message(B, b"x"), "t")
+
+    def refuse(message: Message) -> list[str]:
+        raise InvalidDestination("no")
+
+    monkeypatch.setattr(bench.core.routing, "destinations", refuse)
+    with pytest.raises(InvalidDestination):
+        bench.core.commit(connection, "t")
+    bench.end()
+    monkeypatch.undo()
+    bench.settle()
+    assert bench.seen(consumer) == [(b"1", 0), (b"1", 1)]
+
+
+def test_what_concerns_a_name_is_found_once_and_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    """With many entries it takes milliseconds."""
+    bench = Bench(composite=({"name": A, "forward_to": [B], "forward_only": False},))
+    bench.send(A, b"1")
+    monkeypatch.setattr(routing, "matches", lambda pattern, parts: pytest.fail("a walk over the entries"))
+    bench.send(A, b"2")
+    monkeypatch.undo()
+    monkeypatch.setattr(routing, "PLACES_MAX", 3)
+    for number in range(10):
+        bench.core.check_destination(f"/queue/n.{number}")
+        assert len(bench.core.routing._places) <= 3
+    bench.send(A, b"3")
+    assert depths(bench) == {A: 3, B: 3}
 
 
 NAMES = ("/queue/a", "/queue/b", "/queue/c", "/topic/VirtualTopic.t")

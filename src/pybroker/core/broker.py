@@ -297,12 +297,12 @@ class Core:
 
     def _target(self, text: str) -> Queue | Topic | Temporaries | None:
         """Where a message goes; None for one that goes by `Routing.send`."""
-        self.routing.parse(text)
         if "," in text:
             return None
-        target = parse_destination(text)
+        place = self.routing.place(text)
+        target = place.target
         if target.kind == QUEUE:
-            return None if self.routing.concerns(target) else self.queue(target)
+            return None if place.spreads else self.queue(target)
         if target.kind in TEMPORARY_KINDS:
             return self.temporaries
         return self.topic(target)
@@ -335,8 +335,9 @@ class Core:
 
     def check_destination(self, text: str) -> None:
         """Raise what sending to it would raise, `LimitExceeded` apart."""
-        if text not in self.by_destination:
-            self.routing.parse(text)
+        queue = self.by_destination.get(text)
+        if queue is None or queue.spread:
+            self.routing.check(text)
 
     def send(self, message: Message) -> bool:
         """Take a new message; True when the store will keep it. Raises InvalidDestination, InvalidMessage, LimitExceeded."""
