@@ -104,6 +104,47 @@ def test_a_crash_brings_back_what_was_kept():
     assert b.bodies(consumer) == [b"3", b"4"]
 
 
+@pytest.mark.parametrize("window", [1, 100])
+def test_dead_letters_are_never_dropped(window: int):
+    b = Bench(
+        1,
+        policy=({"match": "/queue/>", "messages_max": 2, "full_policy": "drop_oldest"},),
+        window_messages_max=window,
+    )
+    consumer = b.subscribe(A)
+    for number in range(5):
+        b.send(A, b"%d" % number)
+        b.settle()
+        b.nack(consumer, b"%d" % number)
+        b.settle()
+    letters = b.queue("/queue/DLQ")
+    assert (letters.depth, letters.counts.dropped) == (5, 0)
+    error = full(b, "/queue/DLQ")
+    assert error is not None, "it has a limit for who sends there"
+    assert error.full_policy == "block"
+    b.crash()
+    b.subscribe(A)
+    assert b.queue("/queue/DLQ").depth == 5
+
+
+@pytest.mark.parametrize("limits", [{}, {"full_policy": "drop_oldest", "queue_messages_max": 2}])
+def test_only_queues_drop_their_oldest_messages(limits: dict[str, Any]):
+    """What a durable subscription collects is not limited; nor is what waits for a temporary queue's owner dropped."""
+    values = {"messages_max": 2, "full_policy": "drop_oldest"}
+    b = Bench(policy=({"match": "/topic/>", **values}, {"match": "/queue/>", **values}), **limits)
+    b.leave(b.subscribe(T, durable_name="d", client_id="c"))
+    owner = b.connect()
+    temporary = b.core.temporaries.create(owner, "remote-temp-queue", "secret")
+    for number in range(5):
+        for to in (T, A, temporary):
+            b.send(to, b"%d" % number)
+    b.settle()
+    depths = {queue.kind: queue.depth for queue in b.core.queues.values()}
+    assert depths == {"subscription": 5, "queue": 2, "temporary": 5}
+    b.crash()
+    assert b.core.subscriptions["c", "d"].depth == 5
+
+
 # ---- plain subscribers of topics
 
 

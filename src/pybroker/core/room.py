@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybroker.core.queue import BACKLOG, Queue
+from pybroker.core.queue import BACKLOG, QUEUE, Queue
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
 from pybroker.destination import TOPIC, parse_destination
@@ -37,6 +37,8 @@ def trims(queue: Queue) -> bool:
     policy = queue.policy
     if queue.kind == BACKLOG:
         return policy.slow_consumer in (DROP_OLDEST, DROP_LOWEST_PRIORITY)
+    if queue.kind != QUEUE or queue.is_dead_letter_queue:  # a durable subscription, or dead letters: none is lost
+        return False
     return policy.full_policy == DROP_OLDEST and bool(policy.messages_max or policy.bytes_max)
 
 
@@ -90,13 +92,14 @@ def _full_destination(core: Core, name: str) -> BrokerFull | None:
             if each.kind == BACKLOG and each.policy.slow_consumer == BLOCK and each.transient >= _pending_max(each):
                 return _destination_error(core, name, "pending_messages_max", each.policy, BLOCK)
         return None
-    policy = queue.policy
-    if policy.full_policy == DROP_OLDEST:
+    if queue.trims:
         return None
+    policy = queue.policy
+    full_policy = BLOCK if policy.full_policy == DROP_OLDEST else policy.full_policy  # it drops nothing
     if policy.messages_max and queue.depth >= policy.messages_max:
-        return _destination_error(core, name, "messages_max", policy, policy.full_policy)
+        return _destination_error(core, name, "messages_max", policy, full_policy)
     if policy.bytes_max and queue.size + queue.spooled_size >= policy.bytes_max:
-        return _destination_error(core, name, "bytes_max", policy, policy.full_policy)
+        return _destination_error(core, name, "bytes_max", policy, full_policy)
     return None
 
 
