@@ -202,6 +202,19 @@ def test_filters_forward_what_they_admit_and_lose_nothing():
     assert found == {A: [b"1"], B: [b"3"], C: [b"3", b"4"]}
 
 
+def test_forward_only_counts_for_what_its_entry_forwards():
+    bench = Bench(
+        composite=(
+            {"name": A, "forward_to": [B], "filter": "ward = 3", "forward_only": True},
+            {"name": A, "forward_to": [C], "forward_only": False},
+        )
+    )
+    bench.send(A, b"1", header_block=b"ward:1\n")
+    assert depths(bench) == {A: 1, C: 1}
+    bench.send(A, b"2", header_block=b"ward:3\n")
+    assert depths(bench) == {A: 1, B: 1, C: 2}
+
+
 # ---- virtual topics and mirrored queues
 
 

@@ -136,7 +136,7 @@ class Routing:
             admitting = [rule for rule in rules if message is None or rule.admits is None or rule.admits(message)]
             for rule in admitting:
                 pending += rule.forward_to
-            if not (admitting and any(rule.forward_only for rule in rules)):  # nothing is lost that no filter admits
+            if not any(rule.forward_only for rule in admitting):
                 found.append(text)
             if place.mirror is not None:
                 pending.append(place.mirror)
