@@ -140,7 +140,7 @@ class Routing:
                 found.append(text)
             if place.mirror is not None:
                 pending.append(place.mirror)
-        return found
+        return found or list(names)  # entries that only forward lead in a circle: it stays
 
     def make_queues(self, names: Iterable[str]) -> None:
         """Make those of the names that are queues and are not there: all of them, or (LimitExceeded) none.
@@ -158,8 +158,14 @@ class Routing:
     def places(self, message: Message) -> list[str]:
         """The names that get a copy, and those of the queues that collect what is sent to them. Raises as `parse`."""
         names = self.destinations(message)
+        return names + self._collected(names)
+
+    def _collected(self, names: Iterable[str]) -> list[str]:
+        """The queues that get a copy by collecting what is sent to one of these."""
+        if not self._collecting:
+            return []
         topics = [name.removeprefix("/topic/") for name in names if name.startswith("/topic/")]
-        return names + [f"/queue/{queue.name}" for topic in topics for queue in self._collecting.get(topic, ())]
+        return [f"/queue/{queue.name}" for topic in topics for queue in self._collecting.get(topic, ())]
 
     # ---- sending
 
@@ -170,6 +176,8 @@ class Routing:
         expired = bool(message.expires) and message.expires <= core.now
         if not expired:
             self.make_queues(texts)
+            collected = self._collected(texts)
+            texts = [text for text in texts if text not in collected]  # they get their one copy by their topic
         stored = False
         for text in texts:
             copy = message if text == message.destination else message.moved_to(text, expires=message.expires)
