@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from pybroker.config import BrokerConfig, CompositeEntry
+from pybroker.core.advisories import is_advisory
 from pybroker.destination import QUEUE, parse_destination
 from pybroker.errors import InvalidDestination, InvalidSelector
 from pybroker.selectors import compile_selector
@@ -77,6 +78,8 @@ def _destination_faults(path: str, text: str, pattern: bool) -> Iterator[str]:
         return
     if target.is_pattern and not pattern:
         yield f"{path}: expected one name, without wildcards, got {_shown(text)}"
+    elif not pattern and is_advisory(target):
+        yield f"{path}: expected another topic, for only the broker itself sends to advisories, got {_shown(text)}"
 
 
 def routing_faults(config: BrokerConfig) -> Iterator[str]:

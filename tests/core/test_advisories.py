@@ -10,7 +10,7 @@ from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.advisories import PREFIX
 from pybroker.core.consumer import AUTO, Connection, Consumer
-from pybroker.destination import TEMPORARY_QUEUE
+from pybroker.destination import TEMPORARY_QUEUE, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message
 from tests.core.bench import Bench
@@ -213,6 +213,19 @@ def test_clients_can_not_pretend(name: str) -> None:
     with pytest.raises(InvalidDestination, match="own advisories"):
         bench.core.check(Message(f"/topic/{PREFIX}{name}", b""))
     bench.send("/topic/ActiveMQ.other", b"")
+
+
+def test_no_rule_nor_mirror_leads_there_nor_does_a_topic_that_is_remembered() -> None:
+    name = f"/topic/{PREFIX}x"
+    bench = Bench(routing={"mirrored_queues": ["/queue/visory.>"], "mirror_prefix": "ActiveMQ.Ad"})
+    consumer = bench.subscribe(ALL)
+    bench.core.topic(parse_destination(name))
+    told = len(bench.seen(consumer))
+    for to in (name, "/queue/visory.x", "/queue/a,/queue/visory.x"):
+        with pytest.raises(InvalidDestination, match="own advisories"):
+            bench.send(to, b"forged")
+    bench.settle()
+    assert len(bench.seen(consumer)) == told
 
 
 def test_they_do_not_cross_links() -> None:

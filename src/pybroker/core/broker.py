@@ -33,7 +33,7 @@ from pybroker.core import (
     subscriptions,
     transactions,
 )
-from pybroker.core.advisories import Advisories, announce_client
+from pybroker.core.advisories import Advisories, announce_client, is_advisory
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -314,13 +314,15 @@ class Core:
             if len(self._topics) >= ROUTES_MAX:
                 self._topics.clear()
             routing = self.routing
-            topic = self._topics[text] = Topic(
+            topic = Topic(
                 self._tree.match(target.parts),
                 self.links.origins_of(target),
                 routing.collecting(target),
                 routing.concerns(target),
                 self.recovery.policy_of(target),
             )
+            if not is_advisory(target):  # `send` takes what is remembered for a name that may be sent to
+                self._topics[text] = topic
         return topic
 
     # ---- sending

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from pybroker.core.advisories import is_advisory
 from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message, decode_headers, encode_headers
@@ -100,7 +101,12 @@ def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], 
         target = parse_destination(death.origin)
     except InvalidDestination:
         return None
-    if target.is_pattern or target.kind not in (QUEUE, TOPIC) or death.origin == letter.destination:
+    if (
+        target.is_pattern
+        or is_advisory(target)
+        or target.kind not in (QUEUE, TOPIC)
+        or death.origin == letter.destination
+    ):
         return None
     expires = death.expires if death.expires > core.now else 0  # once more, it would be expired
     back = Message(
