@@ -90,6 +90,19 @@ def test_connections_consumers_and_producers() -> None:
     ]
 
 
+def test_who_listens_after_others_is_told_of_producers_again() -> None:
+    bench = Bench()
+    producer = announce(bench)
+    for _ in range(2):
+        watcher = Watcher(bench, "/topic/ActiveMQ.Advisory.Producer.>")
+        for _ in range(2):
+            bench.core.advisories.producers(producer, ("/queue/q",))
+            bench.end()
+        assert watcher.names() == ["Producer.Queue.q"]
+        bench.leave(watcher.consumer)
+        assert not producer.produced
+
+
 def test_a_temporary_queue_s_consumer() -> None:
     bench = Bench()
     watcher = Watcher(bench)

@@ -80,6 +80,8 @@ class Advisories:
             self.core.watched = len(self._tree) > 0
             if not self.core.watched:
                 self._made.clear()
+                for connection in self.core.connections:
+                    connection.produced.clear()  # who listens next is told anew
 
     # ---- what is told
 

@@ -74,14 +74,15 @@ class TemporaryQueue(Queue):
         """Nothing of it is stored."""
 
     def left(self, queue: TemporaryQueue) -> None:
-        """A consumer of the topic has left."""
+        """A consumer of the topic has left; what it has not acknowledged nobody takes any more."""
+        self.core.temporaries.unclaimed += queue.depth
         self.subscribers.pop(queue, None)
 
 
 class Temporaries:
     """All temporary destinations of one core.
 
-    unclaimed  messages to them that nobody took: sent when it was gone, or there when it went
+    unclaimed  messages to them that nobody took: sent when it was gone, or there when it went; of a topic, each consumer's copy
     """
 
     spread = False  # what is sent to them goes nowhere else
