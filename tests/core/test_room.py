@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pybroker.consumer_options import ConsumerOptions
+from pybroker.core.entry import Entry
+from pybroker.core.room import _victim
+from pybroker.core.sorted_window import SortedWindow
+from pybroker.core.window import Window
 from pybroker.errors import BrokerFull, SlowConsumer
 from pybroker.message import Message
+from pybroker.operations import order_of
 from tests.core.bench import Bench
 
 A, T = "/queue/a", "/topic/t"
@@ -143,6 +151,37 @@ def test_only_queues_drop_their_oldest_messages(limits: dict[str, Any]):
     assert depths == {"subscription": 5, "queue": 2, "temporary": 5}
     b.crash()
     assert b.core.subscriptions["c", "d"].depth == 5
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=30, unique_by=lambda each: each[1]),
+    st.booleans(),
+)
+def test_the_victim_is_the_oldest_one_also_of_the_lowest_priority(messages: list[tuple[int, int]], lowest: bool):
+    window = SortedWindow()
+    queue = Bench().queue(A)
+    for priority, sequence in messages:
+        window.add(Entry(Message(A, b""), order_of(priority, sequence), queue, False))
+    low = min(priority for priority, _ in messages)
+    wanted = min((sequence, priority) for priority, sequence in messages if not lowest or priority == low)
+    assert _victim(window, lowest).order == order_of(wanted[1], wanted[0])
+
+
+def test_who_is_dropped_is_found_without_a_walk_over_the_window(monkeypatch: pytest.MonkeyPatch):
+    """Also behind the time of a choosy consumer. It took milliseconds for each send."""
+    b = bench(messages_max=8, full_policy="drop_oldest")
+    b.leave(b.subscribe(A, options=ConsumerOptions(selector="ward = 3")))
+    for number in range(8):
+        b.send(A, b"%d" % number, priority=number % 3)
+    for kind in (Window, SortedWindow):
+        monkeypatch.setattr(kind, "__iter__", lambda self: pytest.fail("a walk"))
+    for number in range(8, 12):
+        b.core.send(Message(A, b"%d" % number, priority=number % 3))
+    monkeypatch.undo()
+    b.end()
+    consumer = b.subscribe(A)
+    b.settle()
+    assert sorted(map(int, b.bodies(consumer))) == list(range(4, 12))
 
 
 # ---- plain subscribers of topics

@@ -120,7 +120,7 @@ class Queue:
         self.spooled_size = 0  # and their bytes
         self._removals = 0
         self.dirty = False  # the descriptor in the store is out of date
-        self.window: Window | SortedWindow = Window()
+        self.window: Window | SortedWindow = SortedWindow() if self.trims else Window()
         self.tail: int | None = record.head if record.count else None
         self.page: PageRequest | None = None
         self.removals: Removals | None = None  # what goes while somebody moves messages

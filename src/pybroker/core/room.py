@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from pybroker.core.queue import BACKLOG, QUEUE, Queue
 from pybroker.core.sorted_window import SortedWindow
-from pybroker.core.window import Window
 from pybroker.destination import TOPIC, parse_destination
 from pybroker.errors import BrokerError, BrokerFull, SlowConsumer
 from pybroker.operations import SEQUENCE_BITS, SEQUENCE_MASK
@@ -124,6 +123,7 @@ def trim(queue: Queue) -> None:
             if queue.tail is not None:
                 queue.request_page()
             return
+        assert isinstance(queue.window, SortedWindow)
         entry = _victim(queue.window, lowest)
         queue.window.discard(entry.order)
         queue.counts.dropped += 1
@@ -143,14 +143,20 @@ def _too_many(queue: Queue) -> bool:
     return bool(policy.bytes_max) and queue.size + queue.spooled_size > policy.bytes_max and queue.depth > 1
 
 
-def _victim(window: Window | SortedWindow, lowest: bool) -> Entry:
+def _victim(window: SortedWindow, lowest: bool) -> Entry:
     """The oldest message (of the lowest priority); of those in memory."""
-    first, last = window.first(), window.last()
-    if first.order >> SEQUENCE_BITS == last.order >> SEQUENCE_BITS:
-        return first
-    level = last.order >> SEQUENCE_BITS
-    candidates = [entry for entry in window if not lowest or entry.order >> SEQUENCE_BITS == level]
-    return min(candidates, key=lambda entry: entry.order & SEQUENCE_MASK)
+    entry: Entry | None = window.first()
+    last = window.last().order >> SEQUENCE_BITS
+    if lowest:
+        entry = window.after(last << SEQUENCE_BITS)
+    assert entry is not None
+    oldest = entry
+    while (level := entry.order >> SEQUENCE_BITS) < last:
+        entry = window.after((level + 1) << SEQUENCE_BITS)
+        assert entry is not None
+        if entry.order & SEQUENCE_MASK < oldest.order & SEQUENCE_MASK:
+            oldest = entry
+    return oldest
 
 
 def overrun(core: Core, queue: Queue) -> None:
