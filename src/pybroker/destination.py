@@ -14,7 +14,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import NamedTuple
 
-from pybroker.errors import InvalidDestination
+from pybroker.errors import InvalidDestination, shown
 
 QUEUE = "queue"
 TOPIC = "topic"
@@ -126,11 +126,6 @@ def _checked(destination: Destination, text: str) -> Destination:
     if ">" in parts[:-1]:
         raise InvalidDestination(f"destination {shown(text)} has '>' before its last part")
     return destination
-
-
-def shown(text: str) -> str:
-    """A text in quotes, as errors show it: not all of a long one."""
-    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def matches(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:

@@ -160,7 +160,9 @@ def _victim(window: SortedWindow, lowest: bool) -> Entry:
 
 
 def overrun(core: Core, queue: Queue) -> None:
-    """A plain subscriber of a topic has more waiting than it may: it is told so and closed, if its policy is that."""
+    """A plain subscriber of a topic, or of a temporary one, has more waiting than it may: it is told so and closed, where
+    its policy does not say otherwise.
+    """
     if queue.policy.slow_consumer != DISCONNECT:
         return
     limit = _pending_max(queue)
@@ -169,8 +171,10 @@ def overrun(core: Core, queue: Queue) -> None:
         if limit == core.limits.backlog_messages_max
         else "policy value pending_messages_max"
     )
+    text = f"subscription to {queue.destination} is {limit} messages behind ({field}): read faster"
+    if queue.kind == BACKLOG:
+        text += ", or make it durable"
     for consumer in queue.consumers:
-        text = f"subscription to /topic/{queue.name} is {limit} messages behind ({field})"
         if core.watched:
             core.advisories.slow_consumer(consumer)
-        core.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))
+        core.closing.append((consumer, SlowConsumer(text)))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pybroker.config import CompositeEntry, RoutingConfig
 from pybroker.core.advisories import is_advisory
 from pybroker.core.queue import Queue
-from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination, shown
-from pybroker.errors import InvalidDestination, LimitExceeded
+from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination
+from pybroker.errors import InvalidDestination, LimitExceeded, shown
 from pybroker.message import Message
 from pybroker.selectors import compile_selector
 
