@@ -41,6 +41,14 @@ GOOD = {"name": "/queue/a", "forward_to": ["/queue/b"]}
         ({"routing": {"virtual_consumers": "a..b."}}, "routing.virtual_consumers: "),
         ({"routing": {"mirrored_queues": ["/topic/a"]}}, "routing.mirrored_queues[0]: expected a pattern of queues"),
         ({"routing": {"mirrored_queues": ["a"]}}, "routing.mirrored_queues[0]: "),
+        (
+            {"composite": [{**GOOD, "forward_to": ["/topic/ActiveMQ.Advisory.Connection"]}]},
+            "composite[0].forward_to[0]: expected another topic, for only the broker itself sends to advisories",
+        ),
+        (
+            {"routing": {"mirror_prefix": "ActiveMQ.Advisory."}},
+            "routing.mirror_prefix and mirror_suffix: expected another topic",
+        ),
         ({"routing": {"mirror_prefix": "a,"}}, "routing.mirror_prefix and mirror_suffix: "),
         ({"routing": {"mirrored_queues": "a"}}, "routing.mirrored_queues: expected a list of texts"),
     ],

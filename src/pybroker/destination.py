@@ -14,7 +14,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import NamedTuple
 
-from pybroker.errors import InvalidDestination
+from pybroker.errors import InvalidDestination, shown
 
 QUEUE = "queue"
 TOPIC = "topic"
@@ -52,14 +52,14 @@ def parse_destination(text: str) -> Destination:
         if text.startswith(prefix):
             target = _checked(Destination(kind, text[len(prefix) :]), text)
             if target.is_pattern and kind in TEMPORARY_KINDS:
-                raise InvalidDestination(f"destination {_shown(text)} is a pattern: temporary ones have none")
+                raise InvalidDestination(f"destination {shown(text)} is a pattern: temporary ones have none")
             return target
     if text.startswith(tuple(LOCAL_PREFIXES)):
         raise InvalidDestination(
-            f"destination {_shown(text)} is a STOMP connection's own name of a temporary one: "
+            f"destination {shown(text)} is a STOMP connection's own name of a temporary one: "
             "elsewhere it is known as /remote-temp-queue/ID or /remote-temp-topic/ID, as its reply-to header says"
         )
-    raise InvalidDestination(f"destination {_shown(text)} is not known: it must start with /queue/ or /topic/")
+    raise InvalidDestination(f"destination {shown(text)} is not known: it must start with /queue/ or /topic/")
 
 
 def temporary_destination(kind: str, secret: str) -> Destination:
@@ -75,7 +75,7 @@ def local_kind(text: str) -> str | None:
     for prefix, kind in LOCAL_PREFIXES.items():
         if text.startswith(prefix):
             if _checked(Destination(kind, text[len(prefix) :]), text).is_pattern:
-                raise InvalidDestination(f"destination {_shown(text)} is a pattern: temporary ones have none")
+                raise InvalidDestination(f"destination {shown(text)} is a pattern: temporary ones have none")
             return kind
     return None
 
@@ -111,25 +111,21 @@ def check_sendable(text: str) -> None:
 def _checked(destination: Destination, text: str) -> Destination:
     name = destination.name
     if not name:
-        raise InvalidDestination(f"destination {_shown(text)} has an empty name")
+        raise InvalidDestination(f"destination {shown(text)} has an empty name")
     if len(name.encode("utf-8", "surrogatepass")) > NAME_BYTES_MAX:
-        raise InvalidDestination(f"destination {_shown(text)} has a name longer than {NAME_BYTES_MAX} bytes")
+        raise InvalidDestination(f"destination {shown(text)} has a name longer than {NAME_BYTES_MAX} bytes")
     if not name.isprintable():
-        raise InvalidDestination(f"destination {_shown(text)} has a character that can't be printed")
+        raise InvalidDestination(f"destination {shown(text)} has a character that can't be printed")
     if "," in name:
-        raise InvalidDestination(f"destination {_shown(text)} has a comma, which divides the parts of a composite")
+        raise InvalidDestination(f"destination {shown(text)} has a comma, which divides the parts of a composite")
     parts = destination.parts
     if len(parts) > PARTS_MAX:
-        raise InvalidDestination(f"destination {_shown(text)} has more than {PARTS_MAX} parts")
+        raise InvalidDestination(f"destination {shown(text)} has more than {PARTS_MAX} parts")
     if "" in parts:
-        raise InvalidDestination(f"destination {_shown(text)} has an empty part (two dots, or a dot at an end)")
+        raise InvalidDestination(f"destination {shown(text)} has an empty part (two dots, or a dot at an end)")
     if ">" in parts[:-1]:
-        raise InvalidDestination(f"destination {_shown(text)} has '>' before its last part")
+        raise InvalidDestination(f"destination {shown(text)} has '>' before its last part")
     return destination
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 def matches(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:

@@ -6,6 +6,8 @@ over the wire (the ``message`` header of a STOMP ERROR frame starts with the tex
 
 from __future__ import annotations
 
+SHOWN_LENGTH_MAX = 80  # characters of a value in an error's text
+
 
 class BrokerError(Exception):
     """The base of all errors that pybroker raises on purpose."""
@@ -178,3 +180,9 @@ class CorruptRecord(StoreError):
         super().__init__(f"record {key.hex()}: {reason}")
         self.key = key
         self.reason = reason
+
+
+def shown(value: object) -> str:
+    """A value as an error's text shows it: of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH_MAX else text[: SHOWN_LENGTH_MAX - 3] + "..."

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 from pybroker.config import BrokerConfig, CompositeEntry
+from pybroker.core.advisories import is_advisory
 from pybroker.destination import QUEUE, parse_destination
-from pybroker.errors import InvalidDestination, InvalidSelector
+from pybroker.errors import InvalidDestination, InvalidSelector, shown
 from pybroker.selectors import compile_selector
 
-ENTRIES_MAX = 1_000  # each new destination is compared with all of them once
+ENTRIES_MAX = 1_000  # a name that is sent to is compared with all of them, unless it is one of those remembered
 FORWARD_TO_MAX = 1_000
-SHOWN_LENGTH_MAX = 80
 _KINDS = {"name": (str, "text"), "forward_only": (bool, "true or false"), "filter": (str, "a selector")}
 _FIELDS = tuple(field.name for field in fields(CompositeEntry))
 
@@ -20,7 +20,7 @@ _FIELDS = tuple(field.name for field in fields(CompositeEntry))
 def composite_entries(given: object, faults: list[str]) -> tuple[CompositeEntry, ...]:
     """Entries of a list of tables (or of `CompositeEntry`). What is wrong is added to `faults`, one line each."""
     if not isinstance(given, list | tuple):
-        faults.append(f"composite: expected a list of tables [[composite]], got {_shown(given)}")
+        faults.append(f"composite: expected a list of tables [[composite]], got {shown(given)}")
         return ()
     if len(given) > ENTRIES_MAX:
         faults.append(f"composite: expected at most {ENTRIES_MAX} entries, got {len(given)}")
@@ -31,7 +31,7 @@ def composite_entries(given: object, faults: list[str]) -> tuple[CompositeEntry,
         if isinstance(each, CompositeEntry):
             each = {name: getattr(each, name) for name in _FIELDS}
         if not isinstance(each, Mapping):
-            faults.append(f"{path}: expected a table with `name` and `forward_to`, got {_shown(each)}")
+            faults.append(f"{path}: expected a table with `name` and `forward_to`, got {shown(each)}")
             continue
         found = list(_faults(each, path))
         faults += found
@@ -46,7 +46,7 @@ def _faults(entry: Mapping[str, object], path: str) -> Iterator[str]:
             yield f"{path}.{field}: no field has this name; known are {', '.join(_FIELDS)}"
     for field, (kind, expected) in _KINDS.items():
         if field in entry and not isinstance(entry[field], kind):
-            yield f"{path}.{field}: expected {expected}, got {_shown(entry[field])}"
+            yield f"{path}.{field}: expected {expected}, got {shown(entry[field])}"
     name = entry.get("name")
     if name is None:
         yield f"{path}.name: expected a destination such as '/queue/orders', or a pattern"
@@ -54,13 +54,13 @@ def _faults(entry: Mapping[str, object], path: str) -> Iterator[str]:
         yield from _destination_faults(f"{path}.name", name, True)
     texts = entry.get("forward_to")
     if not isinstance(texts, list | tuple) or not 0 < len(texts) <= FORWARD_TO_MAX:
-        yield f"{path}.forward_to: expected a list of 1 to {FORWARD_TO_MAX} destinations, got {_shown(texts)}"
+        yield f"{path}.forward_to: expected a list of 1 to {FORWARD_TO_MAX} destinations, got {shown(texts)}"
     else:
         for index, text in enumerate(texts):
             if isinstance(text, str):
                 yield from _destination_faults(f"{path}.forward_to[{index}]", text, False)
             else:
-                yield f"{path}.forward_to[{index}]: expected a destination, got {_shown(text)}"
+                yield f"{path}.forward_to[{index}]: expected a destination, got {shown(text)}"
     selector = entry.get("filter")
     if isinstance(selector, str) and selector:
         try:
@@ -76,7 +76,9 @@ def _destination_faults(path: str, text: str, pattern: bool) -> Iterator[str]:
         yield f"{path}: {error}"
         return
     if target.is_pattern and not pattern:
-        yield f"{path}: expected one name, without wildcards, got {_shown(text)}"
+        yield f"{path}: expected one name, without wildcards, got {shown(text)}"
+    elif not pattern and is_advisory(target):
+        yield f"{path}: expected another topic, for only the broker itself sends to advisories, got {shown(text)}"
 
 
 def routing_faults(config: BrokerConfig) -> Iterator[str]:
@@ -86,7 +88,7 @@ def routing_faults(config: BrokerConfig) -> Iterator[str]:
         yield from _destination_faults("routing.virtual_topics", f"/topic/{routing.virtual_topics}", True)
     prefix = routing.virtual_consumers
     if not prefix.endswith(".") or prefix.startswith("."):
-        yield f"routing.virtual_consumers: expected parts that end in a dot, such as 'Consumer.*.', got {_shown(prefix)}"
+        yield f"routing.virtual_consumers: expected parts that end in a dot, such as 'Consumer.*.', got {shown(prefix)}"
     else:
         yield from _destination_faults("routing.virtual_consumers", f"/queue/{prefix}x", True)
     for index, text in enumerate(routing.mirrored_queues):
@@ -94,11 +96,6 @@ def routing_faults(config: BrokerConfig) -> Iterator[str]:
         faults = list(_destination_faults(path, text, True))
         yield from faults
         if not faults and parse_destination(text).kind != QUEUE:
-            yield f"{path}: expected a pattern of queues, got {_shown(text)}"
+            yield f"{path}: expected a pattern of queues, got {shown(text)}"
     name = f"{routing.mirror_prefix}x{routing.mirror_suffix}"
     yield from _destination_faults("routing.mirror_prefix and mirror_suffix", f"/topic/{name}", False)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN_LENGTH_MAX else text[: SHOWN_LENGTH_MAX - 3] + "..."

@@ -32,7 +32,7 @@ from pybroker.config import (
     StompLimits,
 )
 from pybroker.destination import QUEUE, parse_destination
-from pybroker.errors import ConfigurationError, InvalidDestination
+from pybroker.errors import ConfigurationError, InvalidDestination, shown
 from pybroker.listeners import check_exposure, parse_listener
 from pybroker.network_settings import network_faults
 from pybroker.policy_settings import policy_entries
@@ -89,7 +89,6 @@ NAME_LENGTH_MAX = 255
 NATIVE_OVERHEAD_BYTES = (
     65_536  # what a frame has beside a body and headers: names, ids, and the headers of a dead letter
 )
-SHOWN_LENGTH_MAX = 80
 
 
 def load_config(path: Path | str, **overrides: object) -> BrokerConfig:
@@ -136,7 +135,7 @@ def make_config(config: BrokerConfig | None = None, **overrides: object) -> Brok
     Raises `ConfigurationError`: one line per fault, each with the field's path and what was expected.
     """
     if config is not None and not isinstance(config, BrokerConfig):
-        got = f"a {type(config).__name__}" if isinstance(config, Mapping) else _shown(config)  # it may hold a secret
+        got = f"a {type(config).__name__}" if isinstance(config, Mapping) else shown(config)  # it may hold a secret
         raise ConfigurationError(f"config: expected a BrokerConfig or None, got {got}")
     values = _as_values(config if config is not None else BrokerConfig())
     faults: list[str] = []
@@ -307,8 +306,8 @@ def _told(fault: str, location: tuple[int | str, ...], value: object) -> str:
     if path in SECRET or path in OPTIONAL:  # what was meant for a table may hold its secrets
         return f"{path}: expected {_expected(path)}"
     if len(names) > depth and isinstance(location[depth], int):
-        return f"{path}[{names[depth]}]: expected text, got {_shown(value)}"
-    return f"{path}: expected {_expected(path)}, got {_shown(value)}"
+        return f"{path}[{names[depth]}]: expected text, got {shown(value)}"
+    return f"{path}: expected {_expected(path)}, got {shown(value)}"
 
 
 def _suggestion(name: str, kind: type[Any], parents: tuple[str, ...]) -> str:
@@ -325,19 +324,14 @@ def _suggestion(name: str, kind: type[Any], parents: tuple[str, ...]) -> str:
     return "; known are " + ", ".join(known)
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN_LENGTH_MAX else text[: SHOWN_LENGTH_MAX - 3] + "..."
-
-
 # --- what fields mean together -----------------------------------------------------------------------------------
 
 
 def _faults(config: BrokerConfig) -> Iterator[str]:
     if not (config.name and config.name.isprintable() and len(config.name) <= NAME_LENGTH_MAX):
-        yield f"name: expected 1 to {NAME_LENGTH_MAX} printable characters, got {_shown(config.name)}"
+        yield f"name: expected 1 to {NAME_LENGTH_MAX} printable characters, got {shown(config.name)}"
     if config.data_dir is not None and not _is_file_name(config.data_dir):
-        yield f"data_dir: expected a path without a null character, got {_shown(str(config.data_dir))}"
+        yield f"data_dir: expected a path without a null character, got {shown(str(config.data_dir))}"
     for low, high in ORDERED:
         if (low_value := _value(config, low)) > (high_value := _value(config, high)):
             yield f"{low}: expected at most {high} ({high_value}), got {low_value}"
@@ -347,7 +341,7 @@ def _faults(config: BrokerConfig) -> Iterator[str]:
         yield from _refusals(f"listen[{index}]", functools.partial(_check_listener, url, config.anonymous))
     for name, encoded in config.users.items():
         if not (name and name.isprintable()):
-            yield f"users: expected printable user names of at least one character, got {_shown(name)}"
+            yield f"users: expected printable user names of at least one character, got {shown(name)}"
         else:
             yield from _refusals(f"users.{name}", functools.partial(parse_hash, encoded))
     if not config.anonymous and not config.users and config.listen:
@@ -377,7 +371,7 @@ def _check_zone(name: str) -> None:
         ZoneInfo(name)
     except (KeyError, ValueError, OSError):
         raise ConfigurationError(
-            f'expected the name of a time zone, for example "Europe/Berlin", got {_shown(name)}'
+            f'expected the name of a time zone, for example "Europe/Berlin", got {shown(name)}'
         ) from None
 
 
@@ -395,7 +389,7 @@ def _dead_letter_faults(text: str) -> Iterator[str]:
         yield f"delivery.dead_letter_queue: {error}"
         return
     if destination.kind != QUEUE or destination.is_pattern:
-        yield f"delivery.dead_letter_queue: expected /queue/NAME without wildcards, got {_shown(text)}"
+        yield f"delivery.dead_letter_queue: expected /queue/NAME without wildcards, got {shown(text)}"
 
 
 def _is_file_name(path: Path) -> bool:

@@ -27,8 +27,8 @@ from pybroker.cluster.memory import MemoryCoordinator, MemoryZooKeeper
 from pybroker.cluster.zookeeper import ZooKeeperCoordinator
 from tests.support.zookeeper import Ensemble, ensemble
 
-PATIENCE = 20.0  # seconds for anything that must happen
-SESSION_TIMEOUT = 10.0
+PATIENCE = 60.0  # seconds for anything that must happen
+SESSION_TIMEOUT = 30.0  # longer than a slow machine takes to start a server again and to be found by its client
 SETS = itertools.count()  # a set of its own for each test
 
 

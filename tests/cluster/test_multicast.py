@@ -204,6 +204,7 @@ class Speaker:
         self.known: dict[str, list[str]] | None = None  # None until it listens
         self.seen: set[str] = set()  # names that it ever knew
         self._unread = b""
+        self._log = b""
 
     def wait(self, *names: str) -> dict[str, list[str]]:
         """Read until these, and no others, are known; of nobody: until it listens."""
@@ -225,13 +226,26 @@ class Speaker:
             known = self.known = json.loads(line)
             self.seen |= set(known)
 
+    def wait_log(self, text: str) -> None:
+        """Read its log until this is in it."""
+        assert self.process.stderr is not None
+        deadline = time.monotonic() + TIMEOUT
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stderr, selectors.EVENT_READ)
+            while text.encode() not in self._log:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise AssertionError(f"it does not say {text!r} but {self._log!r}")
+                data = os.read(self.process.stderr.fileno(), 65_536)
+                assert data, self._log
+                self._log += data
+
     def terminate(self) -> str:
         """Ask it to stop, and read the rest; what it logged."""
         self.process.terminate()
         output, log = self.process.communicate(timeout=TIMEOUT)
         assert self.process.returncode == 0, log
         self._read(output)
-        return log.decode()
+        return (self._log + log).decode()
 
     def close(self) -> None:
         self.process.kill()
@@ -299,10 +313,11 @@ def test_a_secret_keeps_strangers_out(hosts: Hosts):
     stranger = hosts.speak("c", "three", "four", secret="hunter3")
     one.wait("two")
     two.wait("one")
+    stranger.wait_log("its signature is wrong")  # it may be the last to listen
+    two.wait_log("its signature is wrong")
     one.terminate()
     two.wait()  # and never saw the others
     log = stranger.terminate()
-    assert "its signature is wrong" in log
     assert "hunter" not in log
 
 

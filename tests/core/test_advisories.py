@@ -10,7 +10,7 @@ from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.advisories import PREFIX
 from pybroker.core.consumer import AUTO, Connection, Consumer
-from pybroker.destination import TEMPORARY_QUEUE
+from pybroker.destination import TEMPORARY_QUEUE, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message
 from tests.core.bench import Bench
@@ -88,6 +88,19 @@ def test_connections_consumers_and_producers() -> None:
         ("Producer.Topic.x", "stop"),
         ("Connection", "stop"),
     ]
+
+
+def test_who_listens_after_others_is_told_of_producers_again() -> None:
+    bench = Bench()
+    producer = announce(bench)
+    for _ in range(2):
+        watcher = Watcher(bench, "/topic/ActiveMQ.Advisory.Producer.>")
+        for _ in range(2):
+            bench.core.advisories.producers(producer, ("/queue/q",))
+            bench.end()
+        assert watcher.names() == ["Producer.Queue.q"]
+        bench.leave(watcher.consumer)
+        assert not producer.produced
 
 
 def test_a_temporary_queue_s_consumer() -> None:
@@ -215,6 +228,19 @@ def test_clients_can_not_pretend(name: str) -> None:
     bench.send("/topic/ActiveMQ.other", b"")
 
 
+def test_no_rule_nor_mirror_leads_there_nor_does_a_topic_that_is_remembered() -> None:
+    name = f"/topic/{PREFIX}x"
+    bench = Bench(routing={"mirrored_queues": ["/queue/visory.>"], "mirror_prefix": "ActiveMQ.Ad"})
+    consumer = bench.subscribe(ALL)
+    bench.core.topic(parse_destination(name))
+    told = len(bench.seen(consumer))
+    for to in (name, "/queue/visory.x", "/queue/a,/queue/visory.x"):
+        with pytest.raises(InvalidDestination, match="own advisories"):
+            bench.send(to, b"forged")
+    bench.settle()
+    assert len(bench.seen(consumer)) == told
+
+
 def test_they_do_not_cross_links() -> None:
     world = World("ab", chain("ab"), limits=Limits(), delivery=DeliveryPolicy(), network=NetworkConfig())
     world.heal()
@@ -266,3 +292,33 @@ def test_so_many_a_second_and_all_are_counted(bursts: list[tuple[int, int]], lim
     ((_, headers),) = watcher.news()
     assert counted + 1 + int(headers.get("suppressed", "0")) == sent + 1
     assert bench.driver.core.advisories.suppressed == sent - len(times)
+
+
+@pytest.mark.parametrize("template", ["/queue/DLQ.{name}", "/queue/{name}.DLQ"])
+@pytest.mark.parametrize("to", ["/queue/" + "a" * 1_020, "/topic/x.>", "/topic/x.*", "/queue/" + ".".join("a" * 64)])
+def test_one_about_any_name_is_told_and_if_it_is_rejected_dropped(to: str, template: str) -> None:
+    """Its own name may be too long for a name, or a pattern: nothing takes it for one that a message can be sent to."""
+    policy = ({"match": "/topic/>", "dead_letter_queue": template, "dead_letter_expired": True},)
+    bench = Bench(1, policy=policy, window_messages_max=2)
+    connection = bench.driver.connect("c")
+    watcher = bench.subscribe(ALL, on=connection, durable_name="d")
+    mine = bench.subscribe("/queue/mine", on=connection)
+    bench.send("/queue/mine", b"1")
+    bench.settle()
+    for _ in range(5):
+        bench.leave(bench.subscribe(to))
+    bench.settle()
+    told = bench.entries(watcher)
+    name = to.removeprefix("/queue/").removeprefix("/topic/")
+    assert any(entry.message.destination.endswith(f".{name}") for entry in told)
+    bench.core.reject(watcher, told[0].tag)
+    bench.end()
+    queue = watcher.queue
+    assert (queue.counts.dropped, queue.counts.dead_lettered) == (1, 0)
+    bench.disconnect(connection)
+    bench.settle()
+    assert not bench.queue("/queue/mine").outstanding
+    assert mine not in bench.queue("/queue/mine").consumers
+    assert queue.counts.dropped == len(told)
+    assert bench.core.by_destination.keys() - {to} == {"/queue/mine", "/queue/DLQ"}
+    assert bench.queue("/queue/DLQ").depth == 1, "the message in /queue/mine"

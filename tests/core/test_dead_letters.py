@@ -100,11 +100,30 @@ def test_what_is_rejected_in_a_queue_of_dead_letters_stays_there():
     assert b.core.by_destination.keys() == {"/queue/a", "/queue/DLQ.a"}
 
 
-def test_a_name_too_long_for_a_queue_of_its_own_goes_where_all_others_go():
-    name = "a" * 1_020
-    b = Bench(1, policy=({"match": "/queue/>", "dead_letter_queue": "/queue/DLQ.{name}"},))
-    fail(b, "/queue/" + name, b"1")
-    assert [m.body for m in letters(b)] == [b"1"]
+@pytest.mark.parametrize("name", ["a" * 1_021, ".".join("a" * 64)])
+def test_where_a_queue_of_its_own_can_not_be_dead_letters_go_where_all_others_go(name: str):
+    """Any client may choose such a name: nothing is raised, in the middle of a rejection, a disconnection or a start."""
+    b = Bench(1, policy=({"match": "/queue/>", "dead_letter_queue": "/queue/DLQ.{name}", "dead_letter_expired": True},))
+    to = "/queue/" + name
+    fail(b, to, b"rejected")
+    b.send(to, b"expired on arrival", expires=b.core.now - 1)
+    connection = b.connect()
+    b.subscribe(to, on=connection)
+    other = b.subscribe("/queue/other", on=connection)
+    b.send(to, b"disconnected")
+    b.send("/queue/other", b"x")
+    b.settle()
+    b.disconnect(connection)
+    assert not b.queue("/queue/other").outstanding
+    assert other not in b.queue("/queue/other").consumers
+    b.subscribe(to)
+    b.send(to, b"crashed")
+    b.settle()
+    b.crash()
+    b.subscribe(to)
+    b.settle()
+    assert [m.body for m in letters(b)] == [b"rejected", b"expired on arrival", b"disconnected", b"crashed"]
+    assert b.queue(to).depth == 0
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,42 @@ def test_a_refused_send_leaves_no_key():
     assert len(bench.core.message_keys) == 0
 
 
+@pytest.mark.parametrize("dead_letters", [False, True])
+def test_what_has_expired_when_it_comes_leaves_no_key(dead_letters: bool):
+    bench = Bench(policy=({"match": "/queue/>", "dead_letter_expired": dead_letters},))
+    send(bench, "a", expires=bench.core.now - 1)
+    send(bench, "a", f"{Q},r", expires=bench.core.now)
+    assert len(bench.core.message_keys) == 0
+    send(bench, "a", expires=bench.core.now + 1)
+    send(bench, "a", f"{Q},r")
+    assert (depth(bench), depth(bench, "/queue/r"), bench.core.duplicates) == (2, 1, 0)
+
+
+def test_a_topic_s_key_counts_whether_anybody_subscribes_or_not():
+    bench = Bench()
+    send(bench, "a", "/topic/t")
+    bench.settle()
+    bench.crash()
+    late = bench.subscribe("/topic/t")
+    send(bench, "a", "/topic/t")
+    send(bench, "b", "/topic/t")
+    bench.settle()
+    assert len(bench.seen(late)) == 1
+
+
+def test_keys_that_were_pushed_out_take_no_room():
+    bench = Bench(message_keys_max=10)
+    keys = bench.core.message_keys
+    for number in range(2_000):
+        bench.core.send(Message(Q, b"", b"message-key:%d\n" % number))
+        assert len(keys._due) <= 2 * len(keys) + 64
+    bench.end()
+    assert len(keys) == 10
+    bench.driver.now += 3_600_000
+    bench.core.sweep()
+    assert (len(keys), len(keys._due)) == (0, 0)
+
+
 def test_in_a_transaction_each_once():
     bench = Bench()
     connection = bench.connect()

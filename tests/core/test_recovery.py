@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core import recovery
 from pybroker.core.consumer import Consumer
 from pybroker.message import Message
+from pybroker.policies import DestinationPolicy
 from tests.core.bench import Bench
 
 T = "/topic/vitals.icu"
@@ -19,7 +21,7 @@ ASKS = ConsumerOptions(retroactive=True)
 
 
 def bench(**values: Any) -> Bench:
-    limits = {name: values.pop(name) for name in list(values) if name.endswith("_max")}
+    limits = {name: values.pop(name) for name in list(values) if name in ("recovery_bytes_max", "recovery_topics_max")}
     return Bench(policy=({"match": "/topic/vitals.>", **values},), **limits)
 
 
@@ -68,6 +70,40 @@ def test_a_pattern_gets_those_of_all_its_topics_in_the_order_of_their_publicatio
         one.send("/topic/vitals.icu" if int(body) % 2 else "/topic/vitals.er", body)
     one.send("/topic/other", b"not kept")
     assert one.bodies(late(one, "/topic/vitals.*")) == [b"2", b"3", b"4", b"5"]
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_plain_subscriber_is_handed_no_more_than_may_wait_for_it(always: bool):
+    """Else it would be ended as slow as soon as something new comes, each time that it comes back."""
+    one = bench(recovery_messages=100, recovery_always=always, pending_messages_max=3)
+    one.send(T, *DIGITS)
+    consumer = late(one, prefetch=1)
+    durable = late(one, durable_name="d", client_id="c")
+    for body in (b"3", b"4", b"5"):
+        assert one.bodies(consumer)[-1] == body
+        one.ack(consumer, body)
+        one.send(T, b"new")
+        one.settle()
+    assert not one.eye.closed
+    assert one.bodies(consumer) == [b"3", b"4", b"5", b"new"]
+    assert one.bodies(durable)[:6] == DIGITS
+
+
+def test_the_newest_that_a_subscriber_wants_are_chosen():
+    one = bench(recovery_messages=100, pending_messages_max=2)
+    for body in DIGITS:
+        one.send(T, body, header_block=b"even:%d\n" % (int(body) % 2 == 0))
+    assert one.bodies(late(one, options=ConsumerOptions(retroactive=True, selector="even = 1"))) == [b"2", b"4"]
+
+
+def test_who_asks_for_nothing_costs_no_walk_over_the_topics(monkeypatch: pytest.MonkeyPatch):
+    one = bench(recovery_messages=1)
+    one.send(T, b"1")
+    monkeypatch.setattr(recovery, "matches", lambda pattern, parts: pytest.fail("a walk over the topics"))
+    late(one, "/topic/>", ConsumerOptions())
+    monkeypatch.undo()
+    monkeypatch.setattr(one.core.policies, "of", lambda target: DestinationPolicy())
+    assert one.bodies(late(one, "/topic/>")) == [b"1"], "by the policy that the topic had when something was kept"
 
 
 def test_selectors_and_expiry_hold():

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pybroker.consumer_options import ConsumerOptions
+from pybroker.core.entry import Entry
+from pybroker.core.room import _victim
+from pybroker.core.sorted_window import SortedWindow
+from pybroker.core.window import Window
 from pybroker.errors import BrokerFull, SlowConsumer
 from pybroker.message import Message, encode_headers
+from pybroker.operations import order_of
 from tests.core.bench import Bench
 
 A, T = "/queue/a", "/topic/t"
@@ -152,6 +159,78 @@ def test_a_crash_brings_back_what_was_kept():
     consumer = b.subscribe(A)
     b.settle()
     assert b.bodies(consumer) == [b"3", b"4"]
+
+
+@pytest.mark.parametrize("window", [1, 100])
+def test_dead_letters_are_never_dropped(window: int):
+    b = Bench(
+        1,
+        policy=({"match": "/queue/>", "messages_max": 2, "full_policy": "drop_oldest"},),
+        window_messages_max=window,
+    )
+    consumer = b.subscribe(A)
+    for number in range(5):
+        b.send(A, b"%d" % number)
+        b.settle()
+        b.nack(consumer, b"%d" % number)
+        b.settle()
+    letters = b.queue("/queue/DLQ")
+    assert (letters.depth, letters.counts.dropped) == (5, 0)
+    error = full(b, "/queue/DLQ")
+    assert error is not None, "it has a limit for who sends there"
+    assert error.full_policy == "block"
+    b.crash()
+    b.subscribe(A)
+    assert b.queue("/queue/DLQ").depth == 5
+
+
+@pytest.mark.parametrize("limits", [{}, {"full_policy": "drop_oldest", "queue_messages_max": 2}])
+def test_only_queues_drop_their_oldest_messages(limits: dict[str, Any]):
+    """What a durable subscription collects is not limited; nor is what waits for a temporary queue's owner dropped."""
+    values = {"messages_max": 2, "full_policy": "drop_oldest"}
+    b = Bench(policy=({"match": "/topic/>", **values}, {"match": "/queue/>", **values}), **limits)
+    b.leave(b.subscribe(T, durable_name="d", client_id="c"))
+    owner = b.connect()
+    temporary = b.core.temporaries.create(owner, "remote-temp-queue", "secret")
+    for number in range(5):
+        for to in (T, A, temporary):
+            b.send(to, b"%d" % number)
+    b.settle()
+    depths = {queue.kind: queue.depth for queue in b.core.queues.values()}
+    assert depths == {"subscription": 5, "queue": 2, "temporary": 5}
+    b.crash()
+    assert b.core.subscriptions["c", "d"].depth == 5
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=30, unique_by=lambda each: each[1]),
+    st.booleans(),
+)
+def test_the_victim_is_the_oldest_one_also_of_the_lowest_priority(messages: list[tuple[int, int]], lowest: bool):
+    window = SortedWindow()
+    queue = Bench().queue(A)
+    for priority, sequence in messages:
+        window.add(Entry(Message(A, b""), order_of(priority, sequence), queue, False))
+    low = min(priority for priority, _ in messages)
+    wanted = min((sequence, priority) for priority, sequence in messages if not lowest or priority == low)
+    assert _victim(window, lowest).order == order_of(wanted[1], wanted[0])
+
+
+def test_who_is_dropped_is_found_without_a_walk_over_the_window(monkeypatch: pytest.MonkeyPatch):
+    """Also behind the time of a choosy consumer. It took milliseconds for each send."""
+    b = bench(messages_max=8, full_policy="drop_oldest")
+    b.leave(b.subscribe(A, options=ConsumerOptions(selector="ward = 3")))
+    for number in range(8):
+        b.send(A, b"%d" % number, priority=number % 3)
+    for kind in (Window, SortedWindow):
+        monkeypatch.setattr(kind, "__iter__", lambda self: pytest.fail("a walk"))
+    for number in range(8, 12):
+        b.core.send(Message(A, b"%d" % number, priority=number % 3))
+    monkeypatch.undo()
+    b.end()
+    consumer = b.subscribe(A)
+    b.settle()
+    assert sorted(map(int, b.bodies(consumer))) == list(range(4, 12))
 
 
 # ---- plain subscribers of topics

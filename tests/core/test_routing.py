@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
+from pybroker.core import routing
+from pybroker.core.consumer import AUTO
 from pybroker.destination import check_sendable, parse_composite
 from pybroker.errors import InvalidDestination, LimitExceeded
 from pybroker.message import Message
 from pybroker.operations import PUT_BODY
 from tests.core.bench import Bench
+from tests.core.network import World
+from tests.core.network_story import chain
 from tests.core.promises import leftovers
 from tests.core.test_browsing import browse_all
 
@@ -99,6 +104,20 @@ def test_a_composite_makes_all_its_queues_or_none():
     assert depths(bench) == {A: 1, B: 1}
 
 
+def test_a_composite_that_goes_to_another_broker_too_makes_all_its_queues_or_none():
+    """What is on its way there is in a queue of its own, which is made meanwhile."""
+    world = World(
+        "ab", chain("ab"), limits=Limits(destinations_max=2), delivery=DeliveryPolicy(), network=NetworkConfig()
+    )
+    world.heal()
+    here, there = world.brokers["a"], world.brokers["b"]
+    watcher = there.connect()
+    there.run(lambda core: core.start(core.subscribe(watcher, "/topic/t", AUTO)))
+    world.heal()
+    here.run(lambda core: core.send(Message(f"/topic/t,{A},{B}", b"1")))
+    assert {name: queue.depth for name, queue in here.core.by_destination.items()} == {A: 1, B: 1}
+
+
 def test_a_composite_has_a_limit():
     bench = Bench(composite_destinations_max=2)
     bench.send(f"{A},b", b"1")
@@ -167,6 +186,14 @@ def test_forwarding_that_keeps_a_copy_and_a_circle():
     assert depths(bench) == {A: 2, B: 2}
 
 
+def test_a_circle_of_entries_that_only_forward_loses_nothing():
+    bench = Bench(composite=({"name": A, "forward_to": [B]}, {"name": B, "forward_to": [A]}))
+    bench.send(A, b"1")
+    bench.send(f"{A},b", b"2")
+    bench.send(f"{A},c", b"3")
+    assert depths(bench) == {A: 2, B: 1, C: 1}
+
+
 def test_filters_forward_what_they_admit_and_lose_nothing():
     bench = Bench(
         composite=(
@@ -181,6 +208,19 @@ def test_filters_forward_what_they_admit_and_lose_nothing():
     bench.settle()
     found = {name: bench.bodies(consumer) for name, consumer in consumers.items()}
     assert found == {A: [b"1"], B: [b"3"], C: [b"3", b"4"]}
+
+
+def test_forward_only_counts_for_what_its_entry_forwards():
+    bench = Bench(
+        composite=(
+            {"name": A, "forward_to": [B], "filter": "ward = 3", "forward_only": True},
+            {"name": A, "forward_to": [C], "forward_only": False},
+        )
+    )
+    bench.send(A, b"1", header_block=b"ward:1\n")
+    assert depths(bench) == {A: 1, C: 1}
+    bench.send(A, b"2", header_block=b"ward:3\n")
+    assert depths(bench) == {A: 1, B: 1, C: 2}
 
 
 # ---- virtual topics and mirrored queues
@@ -229,6 +269,17 @@ def test_a_virtual_topic_beside_subscribers_and_after_dead_letters():
     assert depths(bench) == {"/queue/DLQ": 1}
 
 
+def test_a_queue_that_a_send_reaches_directly_and_by_its_virtual_topic_gets_one_copy():
+    name = f"/queue/Consumer.one.{X}"
+    bench = Bench(composite=({"name": A, "forward_to": [f"/topic/{X}", name]},))
+    bench.send(f"{name},/topic/{X}", b"1")  # also where the send itself makes it
+    bench.send(A, b"2")
+    bench.send(f"/topic/{X},{name}", b"3", durable=False)
+    consumer = bench.subscribe(name)
+    bench.settle()
+    assert bench.bodies(consumer) == [b"1", b"2", b"3"]
+
+
 def test_virtual_topics_by_another_name_or_not_at_all():
     bench = Bench(routing={"virtual_topics": "v.*", "virtual_consumers": "q.of.*."})
     bench.subscribe("/queue/q.of.one.v.x")
@@ -260,7 +311,80 @@ def test_a_mirrored_queue_is_published_on_its_topic():
     }
 
 
-NAMES = ("/queue/a", "/queue/b", "/queue/c", "/topic/VirtualTopic.t")
+LONG = "/queue/" + "a" * 1_010  # too long for the topic of its mirror
+
+
+@pytest.mark.parametrize("to", [LONG, f"{A},{LONG}", B])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_queue_whose_mirror_can_not_be_is_refused_when_something_is_sent(to: str, there: bool):
+    """Else a commit would find it out in the middle, and a schedule when it is due."""
+    bench = Bench(
+        routing={"mirrored_queues": ["/queue/>"]},
+        composite=({"name": B, "forward_to": [LONG], "filter": "ward = 3"},),
+    )
+    connection = bench.connect()
+    consumer = bench.subscribe(A, on=connection)
+    bench.send(A, b"1")
+    if there:
+        bench.subscribe(LONG)
+    bench.settle()
+    bench.core.begin(connection, "t")
+    bench.ack(consumer, b"1", "t")
+    for block in (b"ward:3\n", b"ward:3\nAMQ_SCHEDULED_DELAY:5\n"):
+        for send in (
+            lambda m: bench.core.send(m),
+            lambda m: bench.core.send_later(connection, m, "t"),
+            lambda m: bench.core.transact([m], (), ()),
+        ):
+            with pytest.raises(
+                InvalidDestination, match=r"is mirrored, and its mirror can't be: .*/topic/VirtualTopic\.Mi"
+            ):
+                send(Message(to, b"x", block))
+    bench.core.commit(connection, "t")
+    bench.end()
+    assert len(bench.core.schedules) == 0
+    assert depths(bench) == {}
+
+
+def test_a_commit_that_finds_something_wrong_gives_all_back(monkeypatch: pytest.MonkeyPatch):
+    bench = Bench()
+    connection = bench.connect()
+    consumer = bench.subscribe(A, on=connection)
+    bench.send(A, b"1")
+    bench.settle()
+    bench.core.begin(connection, "t")
+    bench.ack(consumer, b"1", "t")
+    bench.core.send_later(connection, Message(B, b"x"), "t")
+
+    def refuse(message: Message) -> list[str]:
+        raise InvalidDestination("no")
+
+    monkeypatch.setattr(bench.core.routing, "destinations", refuse)
+    with pytest.raises(InvalidDestination):
+        bench.core.commit(connection, "t")
+    bench.end()
+    monkeypatch.undo()
+    bench.settle()
+    assert bench.seen(consumer) == [(b"1", 0), (b"1", 1)]
+
+
+def test_what_concerns_a_name_is_found_once_and_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    """With many entries it takes milliseconds."""
+    bench = Bench(composite=({"name": A, "forward_to": [B], "forward_only": False},))
+    bench.send(A, b"1")
+    monkeypatch.setattr(routing, "matches", lambda pattern, parts: pytest.fail("a walk over the entries"))
+    bench.send(A, b"2")
+    monkeypatch.undo()
+    monkeypatch.setattr(routing, "PLACES_MAX", 3)
+    for number in range(10):
+        bench.core.check_destination(f"/queue/n.{number}")
+        assert len(bench.core.routing._places) <= 3
+    bench.send(A, b"3")
+    assert depths(bench) == {A: 3, B: 3}
+
+
+COLLECTS = "/queue/Consumer.one.VirtualTopic.t"
+NAMES = ("/queue/a", "/queue/b", "/queue/c", "/topic/VirtualTopic.t", COLLECTS)
 RULE = st.fixed_dictionaries(
     {
         "name": st.sampled_from((*NAMES, "/queue/*")),
@@ -273,20 +397,19 @@ RULE = st.fixed_dictionaries(
 @given(st.lists(RULE, max_size=4).map(tuple), st.lists(st.sampled_from(NAMES), min_size=1, max_size=3), st.booleans())
 def test_every_copy_and_none_twice(rules: tuple[dict[str, object], ...], names: list[str], mirrored: bool):
     """Against a walk over the rules by sets."""
-    queue = "/queue/Consumer.one.VirtualTopic.t"
     routing = {
         "mirrored_queues": ["/queue/c"] if mirrored else [],
         "mirror_prefix": "VirtualTopic.t",
         "mirror_suffix": "x",
     }
     bench = Bench(composite=rules, routing=routing)
-    bench.subscribe(queue)
+    bench.subscribe(COLLECTS)
     bench.send(",".join(names), b"1")
     bench.settle()
     bench.crash()
 
     def applies(rule: dict[str, object], name: str) -> bool:
-        return rule["name"] == name or (rule["name"] == "/queue/*" and name.startswith("/queue/"))
+        return rule["name"] == name or (rule["name"] == "/queue/*" and name in ("/queue/a", "/queue/b", "/queue/c"))
 
     reached = set(names)
     while (
@@ -294,9 +417,12 @@ def test_every_copy_and_none_twice(rules: tuple[dict[str, object], ...], names: 
     ):  # type: ignore[attr-defined]
         reached |= more
     kept = {name for name in reached if not any(applies(rule, name) and rule["forward_only"] for rule in rules)}
+    mirrors = mirrored and "/queue/c" in reached
+    if not kept and not mirrors:
+        kept = set(names)  # a circle
     wanted = Counter({name: 1 for name in kept if name.startswith("/queue/")})
     if "/topic/VirtualTopic.t" in kept:
-        wanted[queue] += 1
+        wanted[COLLECTS] = 1
     assert Counter(depths(bench)) == wanted
 
 

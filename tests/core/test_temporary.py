@@ -218,6 +218,20 @@ def test_a_topic_gives_a_copy_to_each_consumer_of_its_owner() -> None:
     assert name not in bench.driver.core.by_destination
 
 
+@pytest.mark.parametrize("end", ["leave", "disconnect"])
+def test_what_waits_for_a_consumer_of_a_topic_that_goes_is_counted(end: str) -> None:
+    bench = Bench()
+    asker = bench.connect()
+    name = create(bench, asker, TEMPORARY_TOPIC)
+    consumer = bench.subscribe(name, on=asker, prefetch=2)
+    bench.send(name, b"1", b"2", b"3")
+    bench.settle()
+    bench.ack(consumer, b"1")
+    assert unclaimed(bench) == 0
+    bench.leave(consumer) if end == "leave" else bench.disconnect(asker)
+    assert unclaimed(bench) == 2
+
+
 # ---- a random walk beside a model
 
 

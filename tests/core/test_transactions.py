@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pybroker.core.consumer import CUMULATIVE, Connection, Consumer
-from pybroker.errors import InvalidDestination, LimitExceeded, TransactionError, UnknownDelivery
+from pybroker.errors import BrokerError, InvalidDestination, LimitExceeded, TransactionError, UnknownDelivery
 from pybroker.message import Message
 from tests.core.bench import Bench
 
@@ -13,15 +17,15 @@ from tests.core.bench import Bench
 class Story:
     """A connection with an open transaction ``x``, and a consumer on ``/queue/a`` that has 1, 2 and 3."""
 
-    def __init__(self, mode: str = "individual", **limits: int) -> None:
-        self.bench = Bench(**limits)
+    def __init__(self, mode: str = "individual", **options: Any) -> None:
+        self.bench = Bench(**options)
         self.connection: Connection = self.bench.connect()
         self.consumer: Consumer = self.bench.subscribe("/queue/a", mode, on=self.connection, prefetch=3)
         self.bench.send("/queue/a", *b"1 2 3 4 5".split())
         self.bench.settle()
         self.bench.core.begin(self.connection, "x")
 
-    def send(self, to: str, body: bytes, **options: int) -> None:
+    def send(self, to: str, body: bytes, **options: Any) -> None:
         self.bench.core.send_later(self.connection, Message(to, body, **options), "x")
         self.bench.end()
 
@@ -247,3 +251,141 @@ def test_a_durable_subscription_may_be_removed_before_the_end_of_a_transaction(e
     bench.settle()
     assert not bench.core.queues
     assert bench.core.stored_bytes == 0
+
+
+# ---- whatever a commit sends: all of it, or nothing
+
+
+def start(**options: Any) -> Story:
+    """A story whose transaction has acknowledged 1."""
+    story = Story(**options)
+    story.bench.ack(story.consumer, b"1", "x")
+    return story
+
+
+def test_a_scheduled_composite_that_has_expired_expires_at_each_of_its_places():
+    """It was looked at as one name, which raised in the middle of the commit."""
+    story = start(policy=({"match": "/queue/b", "dead_letter_expired": True},))
+    bench = story.bench
+    expires = bench.core.now + 5
+    story.send("/queue/b,/queue/c", b"x", header_block=b"AMQ_SCHEDULED_DELAY:1000\n", expires=expires)
+    story.send("/queue/out", b"result")
+    bench.driver.now += 10
+    story.commit()
+    bench.settle()
+    bench.crash()
+    assert bench.queue("/queue/a").depth == 4
+    assert drained(bench, "/queue/out") == [(b"result", 0)]
+    assert (bench.queue("/queue/DLQ").depth, bench.queue("/queue/b").depth, bench.queue("/queue/c").depth) == (1, 0, 0)
+
+
+def test_a_dead_letter_queue_that_a_commit_makes_takes_nobodys_place():
+    story = start(destinations_max=3, policy=({"match": "/queue/>", "dead_letter_expired": True},))
+    bench = story.bench
+    bench.send("/queue/b", b"1")
+    story.send("/queue/b", b"x", expires=bench.core.now + 5)
+    story.send("/queue/out", b"result")
+    bench.driver.now += 10
+    story.commit()
+    bench.settle()
+    bench.crash()
+    assert (bench.queue("/queue/a").depth, bench.queue("/queue/out").depth, bench.queue("/queue/DLQ").depth) == (
+        4,
+        1,
+        1,
+    )
+
+
+@pytest.mark.parametrize("selector", ["JMSTimestamp > 1000005", "JMSMessageID LIKE 'id-%'"])
+def test_a_filter_decides_at_the_commit_what_it_decides_when_it_is_checked(selector: str):
+    rule = {"name": "/queue/b", "forward_to": ["/queue/c", "/queue/d"], "filter": selector}
+    story = start(destinations_max=2, composite=(rule,))
+    bench = story.bench
+    story.send("/queue/b", b"x")
+    bench.driver.now += 10
+    with pytest.raises(LimitExceeded):
+        bench.core.commit(story.connection, "x")
+    bench.end()
+    assert bench.core.by_destination.keys() == {"/queue/a"}
+    bench.disconnect(story.connection)
+    assert drained(bench, "/queue/a")[0] == (b"1", 1)
+
+
+LONG = "/queue/" + "e" * 1_010  # too long for the topic of its mirror
+NAMES = ("/queue/b", "/queue/c", "/queue/d", LONG, "/topic/t", "/remote-temp-queue/0", "/topic/VirtualTopic.x")
+SENT = st.fixed_dictionaries(
+    {
+        "to": st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map(",".join),
+        "header_block": st.sampled_from(
+            (b"", b"AMQ_SCHEDULED_DELAY:9\n", b"AMQ_SCHEDULED_DELAY:9\nward:3\n", b"ward:3\n")
+        ),
+        "durable": st.booleans(),
+        "lives": st.sampled_from((0, 5, 100)),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(SENT, min_size=1, max_size=5), st.integers(1, 8), st.integers(0, 3), st.booleans())
+def test_a_commit_does_all_or_nothing(sent: list[dict[str, Any]], queues: int, schedules: int, whole: bool):
+    """Nothing is emitted by what raises, and nothing but the library's own errors is raised."""
+    bench = Bench(
+        1,
+        destinations_max=queues,
+        schedules_max=schedules,
+        policy=(
+            {"match": "/queue/>", "dead_letter_expired": True, "dead_letter_queue": "/queue/DLQ.{name}"},
+            {"match": "/topic/>", "dead_letter_expired": True},
+        ),
+        routing={"mirrored_queues": ["/queue/c", LONG]},
+        composite=({"name": "/queue/d", "forward_to": ["/queue/f", "/queue/g"], "filter": "ward = 3"},),
+    )
+    connection = bench.connect()
+    consumer = bench.subscribe("/queue/a", on=connection)
+    bench.send("/queue/a", b"1", b"2")
+    bench.settle()
+    core = bench.core
+    messages = []
+    for each in sent:
+        expires = each["lives"] and core.now + each["lives"]
+        message = Message(each["to"], b"x", each["header_block"], each["durable"], 4, expires)
+        try:
+            core.check(message)
+        except BrokerError:
+            continue
+        messages.append(message)
+    if not whole:
+        core.begin(connection, "x")
+        for message in messages:
+            core.send_later(connection, message, "x")
+        bench.ack(consumer, b"1", "x")
+        bench.nack(consumer, b"2", "x")
+    bench.driver.now += 10
+    core = bench.core
+    entries = list(consumer.unacked.values())
+    try:
+        if whole:
+            core.transact(messages, entries[:1], entries[1:])
+        else:
+            core.commit(connection, "x")
+        done = True
+    except BrokerError:
+        done = False
+    bench.end()
+    bench.settle()
+    bench.disconnect(connection)
+    bench.settle()
+    bench.crash()
+    depths = {name: queue.depth for name, queue in bench.core.by_destination.items() if queue.depth}
+    assert depths.pop("/queue/DLQ.a", 0) == (1 if done else 2)
+    assert "/queue/a" not in depths
+    if not done:
+        assert depths == {}
+        assert len(bench.core.schedules) == 0
+        return
+    alive = [each for each in messages if each.durable and not 0 < each.expires <= bench.core.now]
+    scheduled = [each for each in alive if b"SCHEDULED" in each.header_block]
+    assert len(bench.core.schedules) == len(scheduled)
+    assert depths.get("/queue/b", 0) == sum("/queue/b" in each.destination for each in alive) - sum(
+        "/queue/b" in each.destination for each in scheduled
+    )

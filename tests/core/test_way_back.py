@@ -129,7 +129,7 @@ def test_a_queue_that_is_gone_is_made_again():
 
 def test_an_impossible_origin_is_no_way_back():
     b = Bench(1)
-    for origin in ("nowhere", "/queue/a.*", "/topic/>", "/queue/a..b"):
+    for origin in ("nowhere", "/queue/a.*", "/topic/>", "/queue/a..b", "/topic/ActiveMQ.Advisory.Connection"):
         block = encode_headers([("dead-letter-origin", origin), ("dead-letter-reason", "x")])
         assert dead_letters.way_back(b.core, Message(DLQ, b"", block)) is None
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pybroker.core.entry import Entry
 
 PREFIX = "ActiveMQ.Advisory."
+TOPIC_PREFIX = (
+    f"/topic/{PREFIX}"  # of an advisory's destination; what follows may be longer than a name may be, or a pattern
+)
 KINDS = {QUEUE: "Queue", TOPIC: "Topic", TEMPORARY_QUEUE: "TempQueue", TEMPORARY_TOPIC: "TempTopic"}
 NAMES_MAX = 10_000  # names whose rate is known
 PRODUCED_MAX = 1_000  # destinations of one connection that it is known to produce for
@@ -77,6 +80,8 @@ class Advisories:
             self.core.watched = len(self._tree) > 0
             if not self.core.watched:
                 self._made.clear()
+                for connection in self.core.connections:
+                    connection.produced.clear()  # who listens next is told anew
 
     # ---- what is told
 
@@ -145,8 +150,7 @@ class Advisories:
         self._tell(f"{kind}.{KINDS[target.kind]}.{target.name}", headers)
 
     def _tell(self, name: str, headers: Headers) -> None:
-        name = PREFIX + name
-        subscribers = self._tree.match(tuple(name.split(".")))
+        subscribers = self._tree.match(tuple(f"{PREFIX}{name}".split(".")))
         if not subscribers:
             return
         left_out = self._left_out(name)
@@ -158,7 +162,7 @@ class Advisories:
         core = self.core
         self._last += 1
         message_id = f"{self._id_prefix}{self._last:x}".encode()
-        message = Message(f"/topic/{name}", b"", block, False, PRIORITY_DEFAULT, 0, message_id, core.now)
+        message = Message(f"{TOPIC_PREFIX}{name}", b"", block, False, PRIORITY_DEFAULT, 0, message_id, core.now)
         publish_here(core, message, Topic(subscribers, {}, (), False, None))
 
     def _left_out(self, name: str) -> int | None:

@@ -33,7 +33,7 @@ from pybroker.core import (
     subscriptions,
     transactions,
 )
-from pybroker.core.advisories import Advisories, announce_client
+from pybroker.core.advisories import Advisories, announce_client, is_advisory
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
@@ -297,12 +297,12 @@ class Core:
 
     def _target(self, text: str) -> Queue | Topic | Temporaries | None:
         """Where a message goes; None for one that goes by `Routing.send`."""
-        self.routing.parse(text)
         if "," in text:
             return None
-        target = parse_destination(text)
+        place = self.routing.place(text)
+        target = place.target
         if target.kind == QUEUE:
-            return None if self.routing.concerns(target) else self.queue(target)
+            return None if place.spreads else self.queue(target)
         if target.kind in TEMPORARY_KINDS:
             return self.temporaries
         return self.topic(target)
@@ -314,13 +314,15 @@ class Core:
             if len(self._topics) >= ROUTES_MAX:
                 self._topics.clear()
             routing = self.routing
-            topic = self._topics[text] = Topic(
+            topic = Topic(
                 self._tree.match(target.parts),
                 self.links.origins_of(target),
                 routing.collecting(target),
                 routing.concerns(target),
                 self.recovery.policy_of(target),
             )
+            if not is_advisory(target):  # `send` takes what is remembered for a name that may be sent to
+                self._topics[text] = topic
         return topic
 
     # ---- sending
@@ -335,8 +337,9 @@ class Core:
 
     def check_destination(self, text: str) -> None:
         """Raise what sending to it would raise, `LimitExceeded` apart."""
-        if text not in self.by_destination:
-            self.routing.parse(text)
+        queue = self.by_destination.get(text)
+        if queue is None or queue.spread:
+            self.routing.check(text)
 
     def send(self, message: Message) -> bool:
         """Take a new message; True when the store will keep it. Raises InvalidDestination, InvalidMessage, LimitExceeded."""

@@ -176,7 +176,7 @@ class Choosing:
         queue = self.queue
         if self.skipped is not None:
             self.queue.read_from(self.skipped)
-        window = Window()
+        window: Window | SortedWindow = SortedWindow() if queue.trims else Window()
         for entry in self.window:
             window.add(entry)
         queue.window = window

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pybroker.destination import NAME_BYTES_MAX, QUEUE, TOPIC, Destination, matches, parse_destination
+from pybroker.core.advisories import is_advisory
+from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_destination
 from pybroker.errors import InvalidDestination
 from pybroker.message import Message, decode_headers, encode_headers
 from pybroker.policies import NAME, DestinationPolicy
@@ -78,11 +79,13 @@ def _owners(text: str) -> set[tuple[str, str]]:
 
 
 def _queue_for(core: Core, policy: DestinationPolicy, message: Message) -> Destination:
-    name = parse_destination(message.destination).name
-    text = policy.dead_letter_queue.replace(NAME, name)
-    if len(text.encode()) > NAME_BYTES_MAX:
+    """Where a dead letter goes. Raises nothing: a client chose the name that it is made of, and nobody could mend it."""
+    try:
+        name = parse_destination(message.destination).name
+        target = parse_destination(policy.dead_letter_queue.replace(NAME, name))
+    except InvalidDestination:
         return core.dead_letters  # a name that can't be: the queue of all others
-    return parse_destination(text)
+    return core.dead_letters if target.is_pattern else target
 
 
 def deliver(core: Core, letter: Message) -> None:
@@ -121,7 +124,12 @@ def way_back(core: Core, letter: Message) -> tuple[Message, Callable[[Message], 
         target = parse_destination(death.origin)
     except InvalidDestination:
         return None
-    if target.is_pattern or target.kind not in (QUEUE, TOPIC) or death.origin == letter.destination:
+    if (
+        target.is_pattern
+        or is_advisory(target)
+        or target.kind not in (QUEUE, TOPIC)
+        or death.origin == letter.destination
+    ):
         return None
     expires = death.expires if death.expires > core.now else 0  # once more, it would be expired
     back = Message(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hashlib import sha256
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from pybroker.destination import parse_destination
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 HEADER = "message-key"
 MARK = HEADER.encode()
 PREFIX = "key "  # ids of their records begin so; those of clients have no space
-SWEEP_MAX = 1_000  # keys that one sweep, or one send, forgets
+SWEEP_MAX = 1_000  # keys that one sweep looks at; each send with a new key sweeps
+PASSED_OVER_MIN = 64  # keys forgotten before they were due that the heap may hold in any case
 
 
 def record_of(destination: str, key: str) -> str:
@@ -63,7 +64,8 @@ class MessageKeys:
                 message.message_id = core.new_message_id()
             return message.durable  # to be confirmed no sooner than the earlier one is
         stored = self.send_anyway(message)
-        self._remember(record_id, core.now + window, message.durable)
+        if not message.expires or message.expires > core.now:  # else it was not taken: the next one may be
+            self._remember(record_id, core.now + window, message.durable)
         return stored
 
     def send_anyway(self, message: Message) -> bool:
@@ -91,6 +93,9 @@ class MessageKeys:
             self._forget(next(iter(self._until)))
         self._until[record_id] = until
         heappush(self._due, (until, record_id))
+        if len(self._due) > 2 * len(self._until) + PASSED_OVER_MIN:
+            self._due = [(due, each) for each, due in self._until.items()]
+            heapify(self._due)
         if not durable:
             self._transient.add(record_id)
         else:

@@ -105,8 +105,8 @@ class Queue:
         self.subscription = record.subscription
         named = self.kind not in (LINK, TEMPORARY)
         self.policy = core.policies.of(self.destination) if named else core.policies.base
-        self.trims = core.trims(self)
         self.is_dead_letter_queue = self.kind == QUEUE and core.policies.is_dead_letter_queue(self.destination)
+        self.trims = core.trims(self)
         if self.policy.dead_letter_expired and self.kind != LINK:
             core.expiring.add(self.queue_id)
         self.selector = compile_selector(record.selector) if record.selector else None  # of a subscription
@@ -120,7 +120,7 @@ class Queue:
         self.spooled_size = 0  # and their bytes
         self._removals = 0
         self.dirty = False  # the descriptor in the store is out of date
-        self.window: Window | SortedWindow = Window()
+        self.window: Window | SortedWindow = SortedWindow() if self.trims else Window()
         self.tail: int | None = record.head if record.count else None
         self.page: PageRequest | None = None
         self.removals: Removals | None = None  # what goes while somebody moves messages

@@ -11,7 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from pybroker.core.entry import ENTRY_BYTES
-from pybroker.destination import Destination, matches, parse_destination
+from pybroker.core.queue import BACKLOG
+from pybroker.destination import Destination, matches
 from pybroker.message import Message
 from pybroker.policies import DestinationPolicy
 
@@ -23,11 +24,13 @@ TOPIC_PREFIX = "/topic/"
 
 
 class _Kept:
-    """What one topic has kept: each message with its number, and their bytes."""
+    """What one topic has kept, by its policy: each message with its number, and their bytes."""
 
-    __slots__ = ("messages", "size")
+    __slots__ = ("messages", "parts", "policy", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, text: str, policy: DestinationPolicy) -> None:
+        self.parts = tuple(text[len(TOPIC_PREFIX) :].split("."))
+        self.policy = policy
         self.messages: deque[tuple[int, Message]] = deque()
         self.size = 0
 
@@ -38,6 +41,7 @@ class Recovery:
     def __init__(self, core: Core) -> None:
         self.size = 0
         self._core = core
+        self._always = True in core.policies.all_of("recovery_always")  # for some topics
         self._topics: dict[str, _Kept] = {}  # the one that was published to last stands last
         self._number = 0  # of the last message, over all topics
 
@@ -51,7 +55,7 @@ class Recovery:
 
     def keep(self, message: Message, policy: DestinationPolicy) -> None:
         """A message was published to a topic with that policy."""
-        kept = self._topics.pop(message.destination, None) or _Kept()
+        kept = self._topics.pop(message.destination, None) or _Kept(message.destination, policy)
         self._topics[message.destination] = kept
         messages = kept.messages
         self._number += 1
@@ -75,25 +79,36 @@ class Recovery:
             self.size -= self._topics.pop(next(iter(self._topics))).size
 
     def recover(self, queue: Queue, retroactive: bool) -> None:
-        """Give a new subscription what its topics have kept, in the order in which it was published."""
+        """Give a new subscription what its topics have kept, in the order in which it was published.
+
+        One that is not durable gets the newest ones, no more than may wait for it.
+        """
+        if not self._topics or not (retroactive or self._always):
+            return
         found: list[tuple[int, Message]] = []
-        for text in self._matching(queue.name):
-            policy = self._core.policies.of(parse_destination(text))
-            if retroactive or policy.recovery_always:
-                oldest = self._oldest(policy)
-                found += [each for each in self._topics[text].messages if each[1].timestamp >= oldest]
+        for kept in self._matching(queue.name):
+            if retroactive or kept.policy.recovery_always:
+                oldest = self._oldest(kept.policy)
+                found += [each for each in kept.messages if each[1].timestamp >= oldest]
+        count_max = queue.policy.pending_messages_max if queue.kind == BACKLOG else len(found)
         now = self._core.now
-        for _, message in sorted(found, key=lambda each: each[0]):
+        chosen: list[Message] = []
+        for _, message in sorted(found, key=lambda each: -each[0]):
+            if len(chosen) == count_max:
+                break
             if (not message.expires or message.expires > now) and (
                 queue.selector is None or queue.selector.matches(message)
             ):
-                queue.accept(message)
+                chosen.append(message)
+        for message in reversed(chosen):
+            queue.accept(message)
 
-    def _matching(self, pattern: str) -> list[str]:
+    def _matching(self, pattern: str) -> list[_Kept]:
         parts = tuple(pattern.split("."))
         if not any(part in ("*", ">") for part in parts):
-            return [TOPIC_PREFIX + pattern] if TOPIC_PREFIX + pattern in self._topics else []
-        return [text for text in self._topics if matches(parts, tuple(text[len(TOPIC_PREFIX) :].split(".")))]
+            kept = self._topics.get(TOPIC_PREFIX + pattern)
+            return [] if kept is None else [kept]
+        return [kept for kept in self._topics.values() if matches(parts, kept.parts)]
 
     def _oldest(self, policy: DestinationPolicy) -> float:
         """What was published before that, in milliseconds since the Unix epoch, is too old."""

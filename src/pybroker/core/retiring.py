@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pybroker.core import dead_letters
+from pybroker.core.advisories import TOPIC_PREFIX
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.forwarding import original
 from pybroker.core.loading import from_store
@@ -29,8 +30,15 @@ def dead_letter_due(core: Core, entry: Entry) -> bool:
 
 
 def dead_letter(core: Core, entry: Entry, reason: str) -> None:
-    """Move an entry, that stands in no collection of its queue, to the dead letters; or drop it, where a policy says so."""
+    """Move an entry, that stands in no collection of its queue, to the dead letters; or drop it, where a policy says so.
+
+    An advisory is dropped: it is none of its own news, and its name may be one that nobody can send to.
+    """
     queue = entry.queue
+    if entry.message.destination.startswith(TOPIC_PREFIX):
+        queue.forget(entry)
+        queue.counts.dropped += 1
+        return
     if queue.kind == LINK:
         message, subscription = original(entry.message), ""
         policy = core.policies.of(parse_destination(message.destination))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybroker.core.queue import BACKLOG, Queue
+from pybroker.core.queue import BACKLOG, QUEUE, Queue
 from pybroker.core.sorted_window import SortedWindow
-from pybroker.core.window import Window
 from pybroker.destination import TOPIC, parse_destination
 from pybroker.errors import BrokerError, BrokerFull, SlowConsumer
 from pybroker.operations import SEQUENCE_BITS, SEQUENCE_MASK
@@ -37,6 +36,8 @@ def trims(queue: Queue) -> bool:
     policy = queue.policy
     if queue.kind == BACKLOG:
         return policy.slow_consumer in (DROP_OLDEST, DROP_LOWEST_PRIORITY)
+    if queue.kind != QUEUE or queue.is_dead_letter_queue:  # a durable subscription, or dead letters: none is lost
+        return False
     return policy.full_policy == DROP_OLDEST and bool(policy.messages_max or policy.bytes_max)
 
 
@@ -98,13 +99,14 @@ def _full_destination(core: Core, name: str) -> BrokerFull | None:
             if each.kind == BACKLOG and each.policy.slow_consumer == BLOCK and each.transient >= _pending_max(each):
                 return _destination_error(core, name, "pending_messages_max", each.policy, BLOCK)
         return None
-    policy = queue.policy
-    if policy.full_policy == DROP_OLDEST:
+    if queue.trims:
         return None
+    policy = queue.policy
+    full_policy = BLOCK if policy.full_policy == DROP_OLDEST else policy.full_policy  # it drops nothing
     if policy.messages_max and queue.depth >= policy.messages_max:
-        return _destination_error(core, name, "messages_max", policy, policy.full_policy)
+        return _destination_error(core, name, "messages_max", policy, full_policy)
     if policy.bytes_max and queue.size + queue.spooled_size >= policy.bytes_max:
-        return _destination_error(core, name, "bytes_max", policy, policy.full_policy)
+        return _destination_error(core, name, "bytes_max", policy, full_policy)
     return None
 
 
@@ -138,6 +140,7 @@ def trim(queue: Queue) -> None:
             if queue.tail is not None:
                 queue.request_page()
             return
+        assert isinstance(queue.window, SortedWindow)
         entry = _victim(queue.window, lowest)
         queue.window.discard(entry.order)
         queue.counts.dropped += 1
@@ -162,18 +165,26 @@ def _too_many(queue: Queue) -> bool:
     return bool(policy.bytes_max) and queue.size + queue.spooled_size > policy.bytes_max and queue.depth > 1
 
 
-def _victim(window: Window | SortedWindow, lowest: bool) -> Entry:
+def _victim(window: SortedWindow, lowest: bool) -> Entry:
     """The oldest message (of the lowest priority); of those in memory."""
-    first, last = window.first(), window.last()
-    if first.order >> SEQUENCE_BITS == last.order >> SEQUENCE_BITS:
-        return first
-    level = last.order >> SEQUENCE_BITS
-    candidates = [entry for entry in window if not lowest or entry.order >> SEQUENCE_BITS == level]
-    return min(candidates, key=lambda entry: entry.order & SEQUENCE_MASK)
+    entry: Entry | None = window.first()
+    last = window.last().order >> SEQUENCE_BITS
+    if lowest:
+        entry = window.after(last << SEQUENCE_BITS)
+    assert entry is not None
+    oldest = entry
+    while (level := entry.order >> SEQUENCE_BITS) < last:
+        entry = window.after((level + 1) << SEQUENCE_BITS)
+        assert entry is not None
+        if entry.order & SEQUENCE_MASK < oldest.order & SEQUENCE_MASK:
+            oldest = entry
+    return oldest
 
 
 def overrun(core: Core, queue: Queue) -> None:
-    """A plain subscriber of a topic has more waiting than it may: it is told so and closed, if its policy is that."""
+    """A plain subscriber of a topic, or of a temporary one, has more waiting than it may: it is told so and closed, where
+    its policy does not say otherwise.
+    """
     if queue.policy.slow_consumer != DISCONNECT:
         return
     limit = _pending_max(queue)
@@ -182,8 +193,10 @@ def overrun(core: Core, queue: Queue) -> None:
         if limit == core.limits.backlog_messages_max
         else "policy value pending_messages_max"
     )
+    text = f"subscription to {queue.destination} is {limit} messages behind ({field}): read faster"
+    if queue.kind == BACKLOG:
+        text += ", or make it durable"
     for consumer in queue.consumers:
-        text = f"subscription to /topic/{queue.name} is {limit} messages behind ({field})"
         if core.watched:
             core.advisories.slow_consumer(consumer)
-        core.closing.append((consumer, SlowConsumer(text + ": read faster, or make it durable")))
+        core.closing.append((consumer, SlowConsumer(text)))

@@ -14,12 +14,14 @@ from pybroker.config import CompositeEntry, RoutingConfig
 from pybroker.core.advisories import is_advisory
 from pybroker.core.queue import Queue
 from pybroker.destination import QUEUE, TOPIC, Destination, matches, parse_composite, parse_destination
-from pybroker.errors import InvalidDestination, LimitExceeded
+from pybroker.errors import InvalidDestination, LimitExceeded, shown
 from pybroker.message import Message
 from pybroker.selectors import compile_selector
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
+
+PLACES_MAX = 10_000  # names of which it is remembered what concerns them
 
 
 class Rule(NamedTuple):
@@ -29,6 +31,19 @@ class Rule(NamedTuple):
     forward_to: tuple[str, ...]
     forward_only: bool
     admits: Callable[[Message], bool] | None
+
+
+class Place(NamedTuple):
+    """What concerns one name that is sent to. `mirror`: the topic that gets a copy of each message, or None."""
+
+    target: Destination
+    rules: tuple[Rule, ...]
+    mirror: str | None
+
+    @property
+    def spreads(self) -> bool:
+        """Whether what is sent there may go elsewhere, too."""
+        return bool(self.rules or self.mirror)
 
 
 class Routing:
@@ -42,15 +57,16 @@ class Routing:
         self._virtual = tuple(config.virtual_topics.split(".")) if config.virtual_topics else ()
         self._consumers = tuple(config.virtual_consumers.rstrip(".").split("."))
         self._collecting: dict[str, list[Queue]] = {}  # of each virtual topic
+        self._places: dict[str, Place] = {}  # of names that were sent to
 
     # ---- which rules there are for a name
 
-    def _rules_of(self, target: Destination) -> list[Rule]:
-        return [
+    def _rules_of(self, target: Destination) -> tuple[Rule, ...]:
+        return tuple(
             rule
             for rule in self._rules
             if rule.pattern.kind == target.kind and matches(rule.pattern.parts, target.parts)
-        ]
+        )
 
     def _mirror_of(self, target: Destination) -> str | None:
         if target.kind == QUEUE and any(matches(pattern.parts, target.parts) for pattern in self._mirrored):
@@ -62,21 +78,42 @@ class Routing:
         """Whether what is sent to a name may go elsewhere, too."""
         return bool(self._rules_of(target) or self._mirror_of(target))
 
-    def parse(self, text: str) -> list[str]:
-        """The names that a send names. Raises InvalidDestination, LimitExceeded."""
-        if "," not in text:
-            targets: tuple[Destination, ...] = (parse_destination(text),)
-        else:
-            targets = parse_composite(text)
-            limit = self._core.limits.composite_destinations_max
-            if len(targets) > limit:
-                raise LimitExceeded("limits.composite_destinations_max", limit, "too many destinations in a composite")
-        for target in targets:
+    def place(self, text: str) -> Place:
+        """What concerns one name. Raises InvalidDestination where nothing can be sent to it, or a copy to its mirror."""
+        place = self._places.get(text)
+        if place is None:
+            target = parse_destination(text)
             if target.is_pattern:
                 raise InvalidDestination(f"{target} is a pattern: a message is sent to one name")
             if is_advisory(target):
                 raise InvalidDestination(f"{target} is for the broker's own advisories: send to another topic")
-        return [str(target) for target in targets]
+            mirror = self._mirror_of(target)
+            if mirror is not None:
+                try:
+                    self.place(mirror)
+                except InvalidDestination as error:
+                    raise InvalidDestination(f"{shown(text)} is mirrored, and its mirror can't be: {error}") from None
+            if len(self._places) >= PLACES_MAX:
+                self._places.clear()
+            place = self._places[text] = Place(target, self._rules_of(target), mirror)
+        return place
+
+    def parse(self, text: str) -> list[str]:
+        """The names that a send names. Raises InvalidDestination, LimitExceeded."""
+        if "," not in text:
+            self.place(text)
+            return [text]
+        names = [str(target) for target in parse_composite(text)]
+        limit = self._core.limits.composite_destinations_max
+        if len(names) > limit:
+            raise LimitExceeded("limits.composite_destinations_max", limit, "too many destinations in a composite")
+        for name in names:
+            self.place(name)
+        return names
+
+    def check(self, text: str) -> None:
+        """Raise what a send would raise for one of the names that it, or any rule, leads to."""
+        self._spread(None, self.parse(text))
 
     def destinations(self, message: Message) -> list[str]:
         """The names that get a copy. Raises as `parse`."""
@@ -85,7 +122,8 @@ class Routing:
             return [message.destination]
         return self._spread(message, self.parse(message.destination))
 
-    def _spread(self, message: Message, names: Sequence[str]) -> list[str]:
+    def _spread(self, message: Message | None, names: Sequence[str]) -> list[str]:
+        """The names that a message reaches by way of `names`; None: whatever filters may say of it."""
         pending = list(names)
         seen: set[str] = set()
         found = []
@@ -93,32 +131,41 @@ class Routing:
             if text in seen:
                 continue
             seen.add(text)
-            target = parse_destination(text)
-            rules = self._rules_of(target)
-            admitting = [rule for rule in rules if rule.admits is None or rule.admits(message)]
+            place = self.place(text)
+            rules = place.rules
+            admitting = [rule for rule in rules if message is None or rule.admits is None or rule.admits(message)]
             for rule in admitting:
                 pending += rule.forward_to
-            if not (admitting and any(rule.forward_only for rule in rules)):  # nothing is lost that no filter admits
+            if not any(rule.forward_only for rule in admitting):
                 found.append(text)
-            mirror = self._mirror_of(target)
-            if mirror is not None:
-                pending.append(mirror)
-        return found
+            if place.mirror is not None:
+                pending.append(place.mirror)
+        return found or list(names)  # entries that only forward lead in a circle: it stays
 
-    def new_queues(self, messages: Iterable[Message]) -> set[str]:
-        """The queues that these sends would make."""
-        return {
-            text
-            for message in messages
-            for text in self.destinations(message)
-            if text.startswith("/queue/") and text not in self._core.by_destination
-        }
+    def make_queues(self, names: Iterable[str]) -> None:
+        """Make those of the names that are queues and are not there: all of them, or (LimitExceeded) none.
+
+        To be done before anything is sent there: meanwhile other queues may be made, of dead letters for one.
+        """
+        core = self._core
+        limit = core.limits.destinations_max
+        new = {name: None for name in names if name.startswith("/queue/") and name not in core.by_destination}
+        if new and len(core.queues) + len(new) > limit:
+            raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
+        for name in new:
+            core.add_named_queue(parse_destination(name))
 
     def places(self, message: Message) -> list[str]:
         """The names that get a copy, and those of the queues that collect what is sent to them. Raises as `parse`."""
         names = self.destinations(message)
+        return names + self._collected(names)
+
+    def _collected(self, names: Iterable[str]) -> list[str]:
+        """The queues that get a copy by collecting what is sent to one of these."""
+        if not self._collecting:
+            return []
         topics = [name.removeprefix("/topic/") for name in names if name.startswith("/topic/")]
-        return names + [f"/queue/{queue.name}" for topic in topics for queue in self._collecting.get(topic, ())]
+        return [f"/queue/{queue.name}" for topic in topics for queue in self._collecting.get(topic, ())]
 
     # ---- sending
 
@@ -126,18 +173,19 @@ class Routing:
         """Give each destination its copy, or none any. Raises LimitExceeded. True when the store will keep one of them."""
         core = self._core
         texts = self.destinations(message)
-        limit = core.limits.destinations_max
-        new = sum(text.startswith("/queue/") and text not in core.by_destination for text in texts)
-        if new and len(core.queues) + new > limit:
-            raise LimitExceeded("limits.destinations_max", limit, "too many queues and subscriptions")
+        expired = bool(message.expires) and message.expires <= core.now
+        if not expired:
+            self.make_queues(texts)
+            collected = self._collected(texts)
+            texts = [text for text in texts if text not in collected]  # they get their one copy by their topic
         stored = False
         for text in texts:
             copy = message if text == message.destination else message.moved_to(text, expires=message.expires)
-            target = parse_destination(text)
-            if copy.expires and copy.expires <= core.now:
+            target = self.place(text).target
+            if expired:
                 stored = core.expire_on_arrival(copy) or stored
             elif target.kind == QUEUE:
-                core.queue(target).accept(copy)
+                core.by_destination[text].accept(copy)
                 stored = stored or copy.durable
             elif target.kind == TOPIC:
                 stored = core.publish(copy, target) or stored

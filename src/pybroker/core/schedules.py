@@ -150,10 +150,17 @@ class Schedules:
         if self._terms(message)[0] is not None:
             self._check_room(1)
 
-    def check_all(self, messages: list[Message]) -> None:
-        """Raise LimitExceeded when these could not all be taken."""
-        if len(self) + len(messages) > self.core.limits.schedules_max:
-            self._check_room(sum(self._terms(message)[0] is not None for message in messages))
+    def check_all(self, messages: list[Message]) -> list[Message]:
+        """Those of the messages that `take` takes; raises what it would raise for one of them, all taken together."""
+        found = [message for message in messages if self._takes(message)]
+        if found:
+            self._check_room(len(found))
+        return found
+
+    def _takes(self, message: Message) -> bool:
+        if not mentions(message.header_block, PREFIX) or _expired(message, self.core.now):
+            return False
+        return self._terms(message)[0] is not None
 
     def _check_room(self, count: int) -> None:
         limit = self.core.limits.schedules_max
@@ -163,8 +170,11 @@ class Schedules:
             )
 
     def take(self, message: Message) -> bool | None:
-        """`Core.send` for a message that may have headers of a schedule; None, and nothing done, when it has none."""
-        if not mentions(message.header_block, PREFIX):
+        """`Core.send` for a message that may have headers of a schedule; None, and nothing done, when it has none.
+
+        So it is, too, for one that has expired: it goes where it would go without them, and expires in each of these places.
+        """
+        if not mentions(message.header_block, PREFIX) or _expired(message, self.core.now):
             return None
         terms, block = self._terms(message)
         if terms is None:
@@ -175,8 +185,6 @@ class Schedules:
         if not message.message_id:
             message.message_id = core.new_message_id()
         message.timestamp = core.now
-        if message.expires and message.expires <= core.now:
-            return core.expire_on_arrival(message)
         self._schedule(message, terms, block)
         return message.durable
 
@@ -556,6 +564,10 @@ class Schedules:
             self.core.operations.append((DELETE_SCHEDULE, found.number, due))
         self.core.freed = True
         return True
+
+
+def _expired(message: Message, now: int) -> bool:
+    return bool(message.expires) and message.expires <= now
 
 
 def _message(schedule: Schedule, now: int) -> Message:

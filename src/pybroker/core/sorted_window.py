@@ -1,4 +1,4 @@
-"""The window of a choosy queue: the same entries as in `Window`, which can be walked from any order on.
+"""The window of a queue that is choosy, or drops messages: the same entries as in `Window`, to be walked from any order on.
 
 A sorted list beside the map: adding and removing move at most as many numbers as the window has, which is bounded.
 """

@@ -17,9 +17,10 @@ from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import DELAYED, SETTLING
 from pybroker.core.queue import TEMPORARY, Queue
 from pybroker.core.retiring import drop_queue
+from pybroker.core.room import overrun
 from pybroker.core.shared import SharedBody
 from pybroker.destination import TEMPORARY_TOPIC, Destination, parse_destination, temporary_destination
-from pybroker.errors import LimitExceeded, SlowConsumer, SubscriptionError
+from pybroker.errors import LimitExceeded, SubscriptionError
 from pybroker.message import Message
 from pybroker.operations import QueueRecord
 
@@ -59,29 +60,21 @@ class TemporaryQueue(Queue):
         for queue in list(self.subscribers):
             queue.accept(message)
             if queue.transient > self.core.limits.backlog_messages_max:
-                queue.overrun()
-
-    def overrun(self) -> None:
-        """A consumer of the topic is too far behind: it is told so and ended."""
-        limit = self.core.limits.backlog_messages_max
-        text = f"subscription to {self.destination} is {limit} messages behind (limit limits.backlog_messages_max): read faster"
-        for consumer in self.consumers:
-            if self.core.watched:
-                self.core.advisories.slow_consumer(consumer)
-            self.core.closing.append((consumer, SlowConsumer(text)))
+                overrun(self.core, queue)
 
     def head_at_least(self, start: int) -> None:
         """Nothing of it is stored."""
 
     def left(self, queue: TemporaryQueue) -> None:
-        """A consumer of the topic has left."""
+        """A consumer of the topic has left; what it has not acknowledged nobody takes any more."""
+        self.core.temporaries.unclaimed += queue.depth
         self.subscribers.pop(queue, None)
 
 
 class Temporaries:
     """All temporary destinations of one core.
 
-    unclaimed  messages to them that nobody took: sent when it was gone, or there when it went
+    unclaimed  messages to them that nobody took: sent when it was gone, or there when it went; of a topic, each consumer's copy
     """
 
     spread = False  # what is sent to them goes nowhere else

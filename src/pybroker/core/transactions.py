@@ -12,7 +12,7 @@ from pybroker.core.consumer import Connection, Consumer, Transaction
 from pybroker.core.entry import SETTLING, Entry
 from pybroker.core.producers import Once
 from pybroker.core.queue import DELETED, Queue
-from pybroker.errors import LimitExceeded, SendInDoubt, TransactionError
+from pybroker.errors import BrokerError, LimitExceeded, TransactionError
 from pybroker.message import Message
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def settle_later(core: Core, consumer: Consumer, entries: list[Entry], name: str
 
 
 def commit(core: Core, connection: Connection, name: str, once: Once | None = None) -> None:
-    """Do all that the transaction collected, in one turn and so in one batch. Raises TransactionError, LimitExceeded.
+    """Do all that the transaction collected, in one turn and so in one batch; or give all back, and raise why.
 
     With `once` the commit has a sequence of its own. One that is stored already is done with: what the transaction has collected
     since is given up as by `abort`, if it is open at all. Raises SendInDoubt, also for what the transaction would send; the
@@ -88,8 +88,8 @@ def commit(core: Core, connection: Connection, name: str, once: Once | None = No
     core.memory_bytes -= sum(message.size for message in transaction.messages)
     try:
         _leave_out_repeats(core, transaction)
-        _check_destinations(core, transaction.messages)
-    except (LimitExceeded, SendInDoubt):
+        _prepare(core, transaction.messages)
+    except BrokerError:
         _give_back(core, transaction)
         raise
     _carry_out(core, transaction)
@@ -140,7 +140,7 @@ def transact(core: Core, messages: list[Message], acknowledged: Sequence[Entry],
     _check_transaction(core, transaction, len(messages) + len(acknowledged) + len(rejected), size)
     for message in messages:
         core.check(message)
-    _check_destinations(core, messages)
+    _prepare(core, messages)
     transaction.messages = messages
     for entries, done in ((acknowledged, True), (rejected, False)):
         for entry in entries:
@@ -150,12 +150,15 @@ def transact(core: Core, messages: list[Message], acknowledged: Sequence[Entry],
     return _carry_out(core, transaction)
 
 
-def _check_destinations(core: Core, messages: list[Message]) -> None:
-    new = core.routing.new_queues(messages)
-    if new and len(core.queues) + len(new) > core.limits.destinations_max:
-        limit = core.limits.destinations_max
-        raise LimitExceeded("limits.destinations_max", limit, "too many queues; the transaction was refused")
-    core.schedules.check_all(messages)
+def _prepare(core: Core, messages: list[Message]) -> None:
+    """Raise whatever sending one of these could raise, and make the queues that they need: from here on all can be carried out."""
+    for message in messages:  # filters may ask for these, and must decide now as they do when it is sent
+        if not message.message_id:
+            message.message_id = core.new_message_id()
+        message.timestamp = core.now
+    scheduled = set(core.schedules.check_all(messages))
+    sent = (message for message in messages if message not in scheduled)
+    core.routing.make_queues([name for message in sent for name in core.routing.destinations(message)])
 
 
 def _carry_out(core: Core, transaction: Transaction) -> bool:
