@@ -17,8 +17,8 @@ from pybroker.core.broker import Core
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import Entry
 from pybroker.core.invariants import check_invariants
+from pybroker.core.kinds import LINK
 from pybroker.core.links import Link
-from pybroker.core.queue import LINK
 from pybroker.errors import BrokerError, SendInDoubt
 from pybroker.message import Message
 from pybroker.operations import SEQUENCE_MASK

@@ -15,7 +15,8 @@ from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.broker import Core
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
-from pybroker.core.queue import LINK, QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.kinds import LINK, QUEUE, SUBSCRIPTION
+from pybroker.core.queue import Queue
 from pybroker.message import Message
 from tests.core.network import Broker, World
 

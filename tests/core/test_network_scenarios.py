@@ -12,7 +12,7 @@ import pytest
 
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from pybroker.core.invariants import check_invariants
-from pybroker.core.queue import LINK
+from pybroker.core.kinds import LINK
 from pybroker.errors import BrokerError
 from pybroker.message import Message, Route
 from pybroker.store import format as fmt

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from pybroker.config import DeliveryPolicy, Limits, NetworkConfig
 from pybroker.core.consumer import AUTO, Connection, Consumer
 from pybroker.core.entry import Entry
-from pybroker.core.queue import LINK
+from pybroker.core.kinds import LINK
 from pybroker.destination import TEMPORARY_QUEUE, TEMPORARY_TOPIC, local_kind, parse_destination, temporary_destination
 from pybroker.errors import InvalidDestination, LimitExceeded, SlowConsumer, SubscriptionError
 from pybroker.message import Message

@@ -16,7 +16,8 @@ import trio
 
 from pybroker.cluster.datagrams import Copies, Segment
 from pybroker.config import DeliveryPolicy, Limits, ReplicaSetConfig
-from pybroker.core.queue import LINK, Queue
+from pybroker.core.kinds import LINK
+from pybroker.core.queue import Queue
 from tests.sim.net_account import NetAccount
 from tests.sim.net_clients import DEAD, MOVED, QUEUES, TOPIC, Drain, NetClient, Receiver, Sender, Subscriber, client_of
 from tests.sim.net_member import NetMember, watched_network

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pybroker.core.kinds import BACKLOG, SUBSCRIPTION, TEMPORARY
 from pybroker.core.publishing import Topic, publish_here
-from pybroker.core.queue import BACKLOG, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.queue import Queue
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import QUEUE, TEMPORARY_QUEUE, TEMPORARY_TOPIC, TOPIC, Destination, parse_destination
 from pybroker.errors import InvalidDestination

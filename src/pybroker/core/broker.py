@@ -37,12 +37,13 @@ from pybroker.core.advisories import Advisories, announce_client, is_advisory
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
+from pybroker.core.kinds import DELETED, QUEUE, SUBSCRIPTION
 from pybroker.core.links import Links
 from pybroker.core.message_keys import MARK, MessageKeys
 from pybroker.core.message_keys import PREFIX as KEY
 from pybroker.core.producers import Producer, Producers
 from pybroker.core.publishing import Topic
-from pybroker.core.queue import DELETED, QUEUE, SUBSCRIPTION, Queue
+from pybroker.core.queue import Queue
 from pybroker.core.reads import PageRequest
 from pybroker.core.recovery import Recovery
 from pybroker.core.redelivery import Redeliveries

@@ -257,7 +257,7 @@ class Choosing:
             first = leaving[0].order
             self.skipped = first if self.skipped is None else min(self.skipped, first)
             for entry in leaving:
-                self.queue._leave_to_store(entry)
+                self.queue.leave_to_store(entry)
 
     # ---- messages are given out
 

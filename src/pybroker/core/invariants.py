@@ -9,8 +9,9 @@ from pybroker.core.choosing import Choosing
 from pybroker.core.demand import Key
 from pybroker.core.entry import DELAYED, ENTRY_BYTES, GONE, HELD, READY, SENT, SETTLING, STRANDED
 from pybroker.core.forwarding import demands
+from pybroker.core.kinds import BACKLOG, CONSUMED, LINK, QUEUE, SUBSCRIPTION, TEMPORARY
 from pybroker.core.links import TOPIC_PREFIX, Links, Peer
-from pybroker.core.queue import BACKLOG, CONSUMED, LINK, QUEUE, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.queue import Queue
 from pybroker.core.schedules import Schedules
 from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE as QUEUE_KIND

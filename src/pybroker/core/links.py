@@ -22,7 +22,8 @@ from pybroker.config import NetworkConfig
 from pybroker.core import forwarding, producers
 from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
 from pybroker.core.demand import Added, DemandTable, Dropped, Key, News
-from pybroker.core.queue import BACKLOG, LINK, SUBSCRIPTION, TEMPORARY, Queue
+from pybroker.core.kinds import BACKLOG, LINK, SUBSCRIPTION, TEMPORARY
+from pybroker.core.queue import Queue
 from pybroker.core.topics import SubscriptionTree
 from pybroker.destination import QUEUE, TEMPORARY_KINDS, TOPIC, Destination, matches, parse_destination
 from pybroker.errors import BrokerError, InvalidDestination, SendInDoubt, UnknownDelivery

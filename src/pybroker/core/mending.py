@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pybroker.core.queue import DELETED, Queue
+from pybroker.core.kinds import DELETED
+from pybroker.core.queue import Queue
 from pybroker.operations import SET_REFERENCES, Operation
 
 if TYPE_CHECKING:

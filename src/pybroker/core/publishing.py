@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybroker.core.queue import SUBSCRIPTION, Queue
+from pybroker.core.kinds import SUBSCRIPTION
+from pybroker.core.queue import Queue
 from pybroker.core.room import overrun
 from pybroker.core.selecting import choice_of
 from pybroker.destination import Destination, parse_destination

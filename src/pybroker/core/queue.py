@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pybroker.core import loading
 from pybroker.core.choosing import Choosing
 from pybroker.core.consumer import Consumer
 from pybroker.core.counts import QueueCounts
 from pybroker.core.entry import GONE, HELD, READY, STRANDED, Entry
 from pybroker.core.groups import may_be_grouped
-from pybroker.core.loading import count_unread, from_store, knows
-from pybroker.core.reads import PageRequest
+from pybroker.core.kinds import BACKLOG, CONSUMED, DELETED, LINK, QUEUE, TEMPORARY
 from pybroker.core.shared import SharedBody
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.core.window import Window
@@ -32,9 +32,7 @@ from pybroker.operations import (
     PUT_REFERENCE,
     SEQUENCE_BITS,
     SEQUENCE_MASK,
-    Operation,
     QueueRecord,
-    StoredEntry,
     order_of,
 )
 from pybroker.selectors import compile_selector
@@ -43,14 +41,8 @@ if TYPE_CHECKING:
     from pybroker.core.broker import Core
     from pybroker.core.browsing import Removals
     from pybroker.core.links import Peer
+    from pybroker.core.reads import PageRequest
 
-QUEUE = "queue"  # /queue/NAME
-SUBSCRIPTION = "subscription"  # a durable subscription to a topic
-BACKLOG = "backlog"  # a plain subscription to a topic; gone with its consumer
-TEMPORARY = "temporary"  # of one connection, see temporary.py; its messages are never stored
-LINK = "link"  # what is on its way to another broker of the network, in order of forwarding
-DELETED = "deleted"  # a durable subscription whose messages are being removed
-CONSUMED = (QUEUE, TEMPORARY)  # kinds whose messages are shared out among several consumers
 HEAD_EVERY = 4_096  # removals after which the lower bound of a queue is worked out anew
 
 
@@ -215,7 +207,7 @@ class Queue:
         ):
             self._deliver(entry)
         else:
-            self._insert(entry)
+            self.insert(entry)
             if self.available or self.routes is not None or self.choosing is not None:
                 self.dispatch()
             elif core.watched and not self.consumers and self.kind == QUEUE:
@@ -230,7 +222,7 @@ class Queue:
             self.core.operations.append((PUT_DELIVERIES, self.queue_id, entry.order, deliveries))
             entry.recorded = True
 
-    def _insert(self, entry: Entry) -> None:
+    def insert(self, entry: Entry) -> None:
         """Put a ready entry that memory holds into the window, or leave it behind the tail."""
         tail = self.tail
         if tail is not None and entry.order >= tail:
@@ -244,7 +236,7 @@ class Queue:
                     return
                 page.floor = entry.order if page.floor is None else min(page.floor, entry.order)
                 page.removed.discard(entry.order)
-            self._leave_to_store(entry)
+            self.leave_to_store(entry)
             return
         window = self.window
         window.add(entry)
@@ -263,11 +255,11 @@ class Queue:
             return
         for entry in self.window.cut(count_keep, size_keep):
             self.tail = entry.order
-            self._leave_to_store(entry)
+            self.leave_to_store(entry)
         if choosing is not None and self.tail is not None:
             choosing.cut(self.tail)
 
-    def _leave_to_store(self, entry: Entry) -> None:
+    def leave_to_store(self, entry: Entry) -> None:
         if not entry.stored and not entry.spooled:
             self.core.spool(entry)
         if entry.deliveries != self.deliveries_without_record(entry) or entry.recorded:
@@ -285,7 +277,7 @@ class Queue:
         self.tail = order
         for entry in reversed(leaving):
             self.window.discard(entry.order)
-            self._leave_to_store(entry)
+            self.leave_to_store(entry)
         if self.choosing is not None:
             self.choosing.cut(order)
 
@@ -398,7 +390,7 @@ class Queue:
             if entry.state == STRANDED:
                 del self.outstanding[entry.order]
                 entry.state = READY
-                self._insert(entry)
+                self.insert(entry)
 
     # ---- messages go, or come back
 
@@ -485,99 +477,15 @@ class Queue:
             elif shown and core.redeliveries.delays(self, holder):
                 core.redeliveries.hold(entry)
             else:
-                self._insert(entry)
+                self.insert(entry)
 
-    # ---- pages
+    # ---- pages: see loading.py
 
-    def request_page(self) -> None:
-        """Ask for the messages behind the window, unless that is under way."""
-        if self.page is None and self.tail is not None:
-            limits = self.core.limits
-            self.page = PageRequest(
-                self, self.tail, max(limits.window_messages_max // 2, 1), max(limits.window_bytes_max // 2, 1)
-            )
-            self.core.read_page(self.page)
+    request_page = loading.request_page
+    page_loaded = loading.page_loaded
+    empty = loading.empty
 
-    def page_loaded(
-        self,
-        entries: list[StoredEntry],
-        transient: list[StoredEntry],
-        bound: int | None,
-        unread: Iterable[int] = (),
-        mended: Iterable[tuple[int, Operation]] = (),
-    ) -> None:
-        """Take what was read: stored entries and spooled ones, each ascending; all there is below `bound` (None = all).
-
-        `unread`: orders that could not be read. `mended`: what makes the store whole again that was read with values from
-        elsewhere in the place of bad ones, for the order that each stands in; not carried out for what came or went since.
-        """
-        page = self.page
-        assert page is not None
-        self.page = None
-        if self.tail is None or self.tail < page.start:  # the window was cut meanwhile: what was read doesn't join it
-            for entry in page.added.values():
-                self._leave_to_store(entry)
-            self._go_on()
-            return
-        if page.floor is not None:
-            bound = page.floor if bound is None else min(bound, page.floor)
-        for order, operation in mended:
-            if not knows(self, order, page):
-                self.core.mend(operation)
-        for order in unread:
-            if (bound is None or order < bound) and not knows(self, order, page):
-                count_unread(self, order)
-        fresh: dict[int, Entry] = {}
-        for stored, found in ((True, entries), (False, transient)):
-            for row in found:
-                order = row.order
-                if bound is not None and order >= bound:
-                    break
-                if not knows(self, order, page):
-                    fresh[order] = from_store(self, row, stored)
-        for order, entry in page.added.items():
-            if bound is None or order < bound:
-                fresh[order] = entry
-            else:
-                self._leave_to_store(entry)
-        self.tail = bound
-        self.head_at_least(page.start)
-        core = self.core
-        leaving = []
-        insert = self._insert if self.choosing is None else self.window.add  # a choosy one looks at them first
-        for order in sorted(fresh):
-            entry = fresh[order]
-            if self.kind == DELETED or core.dead_letter_due(entry):
-                leaving.append(entry)
-            else:
-                insert(entry)
-        # Only now, when the window has the others: a removal may work out the queue's lower bound anew.
-        for entry in leaving:
-            if self.kind == DELETED:
-                self.forget(entry)
-            else:
-                core.dead_letter(entry, "deliveries")
-        self._go_on()
-
-    def _go_on(self) -> None:
-        """A page is here."""
-        if self.kind == DELETED:
-            self.empty()
-        elif self.kind == LINK and self in self.core.links.releasing:
-            self.core.links.release(self)
-        else:
-            self.dispatch()
-            if self.trims:
-                self.core.trim(self)
-
-    def empty(self) -> None:
-        """Remove everything that is ready, page by page; with kind DELETED the queue itself goes in the end."""
-        while self.window:
-            self.forget(self.window.pop_first())
-        if self.tail is not None:
-            self.request_page()
-        elif not self.outstanding:
-            self.core.deleted(self)
+    # ----
 
     def head_at_least(self, start: int) -> None:
         """Raise the lower bound: nothing stored stands below `start`, the window, outstanding and unread ones apart."""

@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from pybroker.core.entry import ENTRY_BYTES
-from pybroker.core.queue import BACKLOG
+from pybroker.core.kinds import BACKLOG
 from pybroker.destination import Destination, matches
 from pybroker.message import Message
 from pybroker.policies import DestinationPolicy

@@ -132,7 +132,7 @@ class Redeliveries:
         if entry.message.expires and entry.message.expires <= self._core.now:
             self._core.expire(entry)
         else:
-            queue._insert(entry)
+            queue.insert(entry)
 
     def _go_on(self, queue: Queue) -> None:
         if queue.stalled is not None and not self._full(queue):

@@ -9,8 +9,9 @@ from pybroker.core import dead_letters
 from pybroker.core.advisories import TOPIC_PREFIX
 from pybroker.core.entry import STRANDED, Entry
 from pybroker.core.forwarding import original
+from pybroker.core.kinds import DELETED, LINK, SUBSCRIPTION
 from pybroker.core.loading import from_store
-from pybroker.core.queue import DELETED, LINK, SUBSCRIPTION, Queue
+from pybroker.core.queue import Queue
 from pybroker.core.reads import DueRequest, Whole
 from pybroker.destination import parse_destination
 from pybroker.message import Message

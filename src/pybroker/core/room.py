@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pybroker.core.queue import BACKLOG, QUEUE, Queue
+from pybroker.core.kinds import BACKLOG, QUEUE
+from pybroker.core.queue import Queue
 from pybroker.core.sorted_window import SortedWindow
 from pybroker.destination import TOPIC, parse_destination
 from pybroker.errors import BrokerError, BrokerFull, SlowConsumer

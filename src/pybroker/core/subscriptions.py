@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.core.choosing import joined
 from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
-from pybroker.core.queue import BACKLOG, CONSUMED, DELETED, SUBSCRIPTION, Queue
+from pybroker.core.kinds import BACKLOG, CONSUMED, DELETED, SUBSCRIPTION
+from pybroker.core.queue import Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.temporary import TemporaryQueue
 from pybroker.destination import QUEUE, TEMPORARY_KINDS, TEMPORARY_TOPIC, Destination, parse_destination

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import DELAYED, SETTLING
-from pybroker.core.queue import TEMPORARY, Queue
+from pybroker.core.kinds import TEMPORARY
+from pybroker.core.queue import Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.room import overrun
 from pybroker.core.shared import SharedBody

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from pybroker.core.consumer import Connection, Consumer, Transaction
 from pybroker.core.entry import SETTLING, Entry
+from pybroker.core.kinds import DELETED
 from pybroker.core.producers import Once
-from pybroker.core.queue import DELETED, Queue
+from pybroker.core.queue import Queue
 from pybroker.errors import BrokerError, LimitExceeded, TransactionError
 from pybroker.message import Message
 
