@@ -81,7 +81,8 @@ def show(rows: Sequence[Row], machine: dict[str, Any], console: Console) -> None
     sync = machine["sync"]
     libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
     table = Table(
-        title=f"{machine['processor']}, {machine['cores']} cores, {machine['python']}, {libraries}; "
+        title=f"{machine['processor']}, {machine['cores']} cores, {machine['python']} "
+        f"({machine['interpreter_ns']:.0f} ns for a step of an empty loop), {libraries}; "
         f"{machine['file_system']}, fdatasync {sync['p50_ms']:.2f} ms (p99 {sync['p99_ms']:.2f}); {machine['date']}",
         title_justify="left",
         title_style="",

@@ -48,7 +48,9 @@ def test_the_table_says_what_was_met_and_the_file_keeps_all(tmp_path):
     assert kept["failures"] == {"deep": "went wrong"}
     assert kept["figures"][0]["ratio"] == 0.5
     assert kept["figures"][0]["details"]["memory"] == {"resident": 1, "anonymous": 2, "peak": 3}
-    assert {"processor", "cores", "python", "libraries", "date", "sync", "file_system"} <= kept["machine"].keys()
+    assert {"processor", "cores", "python", "libraries", "date", "sync", "file_system", "interpreter_ns"} <= kept[
+        "machine"
+    ].keys()
 
 
 def test_file_systems_are_told_apart(tmp_path):
