@@ -390,7 +390,7 @@ def observing() -> list[AbstractContextManager[Any]]:
         accept(queue, message, *rest)
 
     def watched_deliver(queue: Queue, entry: Entry, consumer: Consumer | None = None) -> None:
-        chosen = consumer or queue.choose()
+        chosen = consumer or next(iter(queue.available), None)
         assert chosen is not None
         _observer(queue).dispatched(queue, chosen, entry)
         deliver(queue, entry, consumer)

@@ -8,7 +8,7 @@ import pytest
 
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core import choosing as choosing_module
-from pybroker.core import queue as queue_module
+from pybroker.core import loading
 from pybroker.core.consumer import Consumer
 from pybroker.core.groups import BUCKETS, NAME_MAX, closes, group_of
 from pybroker.core.loading import from_store
@@ -149,7 +149,7 @@ def test_an_idle_consumer_does_not_make_others_read_the_queue_again(monkeypatch:
         read += 1
         return from_store(*row)
 
-    monkeypatch.setattr(queue_module, "from_store", counting)
+    monkeypatch.setattr(loading, "from_store", counting)
     bench = Bench(window_messages_max=16)
     send(bench, *numbers(0, depth), ward="1")
     bench.settle()

@@ -355,7 +355,8 @@ class Core:
         text = message.destination
         target = self.by_destination.get(text) or self._topics.get(text) or self._target(text)
         if not message.message_id:  # a producer may have given it one
-            message.message_id = self.new_message_id()
+            self._last_message += 1  # `new_message_id` without its call
+            message.message_id = b"%b%x" % (self._id_prefix, self._last_message)
         message.timestamp = self.now
         if target is None or target.spread:
             return self.routing.send(message)

@@ -203,7 +203,7 @@ class Queue:
             and self.tail is None
             and not self.window
             and self.choosing is None
-            and not may_be_grouped(message)
+            and not (message.header_block and may_be_grouped(message))
         ):
             self._deliver(entry)
         else:
@@ -289,23 +289,20 @@ class Queue:
 
     # ---- messages are given out
 
-    def choose(self) -> Consumer | None:
-        """Whom the next message may go to: round robin over the consumers with credit. The one place that decides it."""
-        return self.available[0] if self.available else None
-
     def dispatch(self) -> None:
-        """Give out ready messages while there is somebody to take them."""
+        """Give out ready messages while there is somebody to take them: round robin over the consumers with credit."""
         if self.choosing is not None:
             self.choosing.dispatch()
             return
         window = self.window
-        while (consumer := self.choose()) is not None:
+        available = self.available
+        while available:
             if not window:
                 if self.tail is not None:
                     self.request_page()
                 return
             entry = window.pop_first()
-            if may_be_grouped(entry.message) and self.kind in CONSUMED:
+            if entry.message.header_block and may_be_grouped(entry.message) and self.kind in CONSUMED:
                 window.add(entry)
                 Choosing(self).dispatch()
                 return
@@ -313,13 +310,14 @@ class Queue:
             if expires and expires <= self.core.now:
                 self.core.expire(entry)
                 continue
-            self._deliver(entry, consumer)
+            self._deliver(entry)
         if self.routes is not None:
             self.core.links.forward(self)
 
     def _deliver(self, entry: Entry, consumer: Consumer | None = None) -> None:
-        consumer = consumer or self.choose()
-        assert consumer is not None
+        available = self.available
+        if consumer is None:
+            consumer = available[0]
         core = self.core
         order = entry.order
         tag = consumer.last_tag + 1
@@ -330,7 +328,6 @@ class Queue:
         self.outstanding[order] = entry
         consumer.credit -= 1
         consumer.size += entry.message.size
-        available = self.available
         if consumer.credit <= 0 or consumer.size >= consumer.size_max:
             available.remove(consumer)
             consumer.listed = False
