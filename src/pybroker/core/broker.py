@@ -433,9 +433,14 @@ class Core:
             self.settle_later(consumer, self.up_to(consumer, entry), transaction, True)
             return
         queue = entry.queue
-        for each in self.up_to(consumer, entry) if consumer.ack_mode == CUMULATIVE else (entry,):
-            queue.settle(each)
-            queue.remove(each)
+        if consumer.ack_mode == CUMULATIVE:
+            for each in self.up_to(consumer, entry):
+                queue.settle(each)
+                queue.remove(each)
+                queue.counts.acknowledged += 1
+        else:
+            queue.settle(entry)
+            queue.remove(entry)
             queue.counts.acknowledged += 1
         if queue.available:
             queue.dispatch()
