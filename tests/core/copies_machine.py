@@ -1,0 +1,437 @@
+"""The rules of the state machine that drives the core and its store against `copies_model`; `test_copies_model` runs it.
+
+A run has few destinations to send to, so that what meets there meets often.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from pybroker.config import DeliveryPolicy, Limits
+from pybroker.consumer_options import ConsumerOptions
+from pybroker.core import broker as broker_module
+from pybroker.core import queue as queue_module
+from pybroker.core import retiring as retiring_module
+from pybroker.core import routing as routing_module
+from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
+from pybroker.core.invariants import check_invariants
+from pybroker.message import Message
+from pybroker.settings import make_config
+from tests.core import copies_model
+from tests.core.copies_model import DLQ, DROPPING, FILTERS, RULES, CopiesModel, Copy, Pending, Sent
+from tests.core.driver import Driver, observing
+from tests.core.promises import leftovers, stored_messages
+
+QUEUES = (
+    "/queue/a",
+    "/queue/small",
+    DROPPING,
+    "/queue/m",
+    "/queue/b",
+    DLQ,
+    "/queue/Consumer.x.VirtualTopic.v",
+    "/queue/Consumer.y.VirtualTopic.v",
+    "/queue/Consumer.x.VirtualTopic.Mirror.m",
+)
+SUBSCRIPTIONS = (("one", "/topic/VirtualTopic.>"), ("two", "/topic/t"), ("three", "/topic/VirtualTopic.v"))
+FOCUS = (
+    ("/queue/c", "/queue/a,/topic/VirtualTopic.v", "/topic/VirtualTopic.v"),
+    ("/queue/f", "/queue/small,drop", DROPPING),
+    ("/topic/t", "/queue/m", "/queue/m,c"),
+    ("/queue/a", "/queue/small,/topic/t", DLQ),
+    ("/queue/Consumer.x.VirtualTopic.v,/topic/VirtualTopic.v", "/topic/VirtualTopic.v", "/queue/r1,b"),
+    (DROPPING, "/queue/drop,a", "/queue/f"),
+)
+index = st.integers(0, 9)
+SENDING = {
+    "to": index,
+    "s": st.sampled_from(("", "1", "2")),
+    "durable": st.sampled_from((True, True, False)),
+    "priority": st.sampled_from((4, 4, 4, 9)),
+    "lasts": st.sampled_from((0, 0, 0, 50, 1_500, -1)),
+    "key": st.sampled_from(("", "", "k", "l")),
+}
+
+
+def policies() -> tuple[dict[str, Any], ...]:
+    """The model's limits as a configuration."""
+    values: dict[str, dict[str, Any]] = {DROPPING: {"full_policy": "drop_oldest"}}
+    for name, limit in copies_model.MESSAGES_MAX.items():
+        values.setdefault(name, {})["messages_max"] = limit
+    for name, limit in copies_model.BYTES_MAX.items():
+        values.setdefault(name, {}).update(bytes_max=limit, message_key_window=0)
+    for name in copies_model.EXPIRED_ARE_DEAD_LETTERS:
+        values.setdefault(name, {})["dead_letter_expired"] = True
+    for kind in ("queue", "topic"):
+        values[f"/{kind}/>"] = {"message_key_window": copies_model.KEY_WINDOW_MS / 1_000}
+    return tuple({"match": name, **each} for name, each in values.items())
+
+
+CONFIG = make_config(
+    policy=policies(),
+    routing={"mirrored_queues": list(copies_model.MIRRORS)},
+    composite=tuple(
+        {"name": each.name, "forward_to": each.forward_to, "forward_only": each.forward_only, "filter": each.filter}
+        for each in RULES
+    ),
+)
+
+
+def pick(items: Any, number: int) -> Any:
+    listed = list(items)
+    return listed[number % len(listed)]
+
+
+class CopiesMachine(RuleBasedStateMachine):
+    """The promises are checked in `CopiesModel`, `_check`, `rest` and `teardown`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = ExitStack()
+        for each in observing():
+            self.patches.enter_context(each)
+        # What happens once in thousands of messages must happen here, too.
+        self.patches.enter_context(patch.object(queue_module, "HEAD_EVERY", 2))
+        self.patches.enter_context(patch.object(retiring_module, "DUE_ROWS_MAX", 2))
+        self.patches.enter_context(patch.object(broker_module, "ROUTES_MAX", 2))
+        self.patches.enter_context(patch.object(routing_module, "PLACES_MAX", 3))
+        self.model = CopiesModel()
+        self.connections: list[Connection] = []
+        self.drops = 0  # of this life, as far as they were seen
+
+    @initialize(focus=st.sampled_from(FOCUS), window=st.sampled_from((2, 4, 8)), collecting=st.booleans())
+    def first(self, focus: tuple[str, ...], window: int, collecting: bool) -> None:
+        limits = Limits(window_messages_max=window, window_bytes_max=120, transaction_messages_max=6)
+        self.driver = Driver(
+            limits,
+            DeliveryPolicy(deliveries_max=0, dead_letter_queue=DLQ),
+            self.model,
+            policies=CONFIG.policy,
+            routing=CONFIG.routing,
+            composites=CONFIG.composite,
+        )
+        self.model.driver = self.driver
+        self.focus = focus
+        if collecting:
+            self._subscribe(0, "/queue/Consumer.y.VirtualTopic.v", 1, "s = '1'")
+
+    # ---- helpers
+
+    @property
+    def core(self) -> Any:
+        return self.driver.begin_turn()
+
+    def done(self) -> None:
+        """A call on the core has returned."""
+        self.model.end_call()
+        self.driver.end_turn()
+        core = self.driver.core
+        check_invariants(core)
+        expired = 0
+        for queue in core.queues.values():
+            if queue.kind != "deleted":
+                place = copies_model.place_of(queue)
+                copies = self.model.copies(place).values()
+                count = len(copies)
+                spare = sum(each.holder is None and self.model.expired(each) for each in copies)
+                expired += spare
+                spare += self.model.state.drops_max if place == DROPPING else 0
+                assert count - spare <= queue.depth <= count, f"{queue}: {copies}"
+        if expired:
+            self.rest()
+
+    def rest(self, counted: bool = True) -> None:
+        """What has expired goes, everything is written and read; the store has what the model says."""
+        self.core.sweep()
+        self.driver.end_turn()
+        self.driver.settle()
+        self.model.end_call()
+        core = self.driver.core
+        check_invariants(core)
+        report = self.driver.verify()
+        assert report.ok, report.problems
+        queue = core.by_destination.get(DROPPING)
+        found = {
+            f"/queue/{key[1]}" if key[0] == "queue" else f"{key[1]}/{key[2]}": {
+                order: row[0] for order, row in rows.items()
+            }
+            for key, rows in stored_messages(self.driver.store).items()
+        }
+        if queue is not None:
+            memory = {entry.order for entry in [*queue.window, *queue.outstanding.values()]}
+            spooled = set(self._spooled(queue))
+            left = memory | spooled | found.get(DROPPING, {}).keys()
+            dropped = self.model.dropped(left)
+            assert not counted or dropped == queue.counts.dropped - self.drops, "not counted"
+            self.drops = queue.counts.dropped
+        self.model.at_rest()
+        for place, copies in self.model.state.places.items():
+            stored = {order: each.sent.body for order, each in copies.items() if each.sent.durable}
+            assert found.get(place, {}) == stored, place
+        for each in core.queues.values():
+            assert each.depth == len(self.model.copies(copies_model.place_of(each))), each
+        self._nobody_starves()
+        self.model.stored = self.model.state.durable()
+
+    def _spooled(self, queue: Any) -> list[int]:
+        if self.driver.spool_store is None:
+            return []
+        page = self.driver.spool.read_page(queue.queue_id, 0, 1_000, 1 << 20)
+        return [] if page is None else [entry.order for entry in page.entries]
+
+    def _nobody_starves(self) -> None:
+        for consumer, (place, selector, prefetch) in self.model.members.items():
+            if len(self.model.held_by(consumer)) >= prefetch:
+                continue
+            admits = FILTERS[selector] if place in QUEUES else FILTERS[""]
+            waiting = [each for each in self.model.copies(place).values() if each.holder is None and admits(each.block)]
+            assert not waiting, (consumer, waiting)
+
+    def connection(self, number: int) -> Connection:
+        if len(self.connections) < 3 and number % 3 >= len(self.connections):
+            self.connections.append(self.driver.connect())
+        return pick(self.connections, number)  # type: ignore[no-any-return]
+
+    def deliveries(self) -> list[tuple[Consumer, Copy]]:
+        """What clients could settle."""
+        return [(who, each) for who in self.model.members for each in self.model.held_by(who) if each.visible]
+
+    def make(self, to: int, s: str, durable: bool, priority: int, lasts: int, key: str) -> tuple[Sent, Message]:
+        destination = pick(self.focus, to)
+        expires = self.driver.now + lasts if lasts else 0
+        durable = durable or "b" in destination.split(",")
+        sent = self.model.make(destination, b"s:%b\n" % s.encode() if s else b"", durable, priority, expires, key)
+        return sent, Message(destination, sent.body, sent.block, durable, priority, expires)
+
+    # ---- rules: producers
+
+    @rule(**SENDING)
+    def send(self, **how: Any) -> None:
+        sent, message = self.make(**how)
+        error = self.core.full(message)
+        assert (error is not None) == self.model.full(sent), (error, sent)
+        if error is not None:
+            return
+        self.model.expect(sent)
+        self.core.send(message)
+        if sent.durable and self.model.state.keys.get((sent.destination, sent.key), (0, False))[1]:
+            self.core.confirm((None, sent))
+        self.done()
+
+    @rule(number=index, **SENDING)
+    def send_later(self, number: int, **how: Any) -> None:
+        connection = self.connection(number)
+        pending = self._begin(connection)
+        if len(pending.sent) + len(pending.settled) < self.driver.limits.transaction_messages_max:
+            sent, message = self.make(**how)
+            self.core.send_later(connection, message, "x")
+            pending.sent.append(sent)
+            self.done()
+
+    # ---- rules: consumers
+
+    @rule(number=index, place=index, prefetch=st.integers(1, 3), selector=st.sampled_from(("", *FILTERS)))
+    @precondition(lambda self: len(self.model.members) < 4)
+    def subscribe(self, number: int, place: int, prefetch: int, selector: str) -> None:
+        self._subscribe(number, pick(QUEUES, place), prefetch, selector)
+
+    def _subscribe(self, number: int, place: str, prefetch: int, selector: str) -> None:
+        core = self.core
+        options = ConsumerOptions(selector=selector)
+        consumer = core.subscribe(self.connection(number), place, INDIVIDUAL, prefetch=prefetch, options=options)
+        if place.startswith("/queue/Consumer."):
+            self.model.state.collecting.add(place)
+        self.model.members[consumer] = (place, selector, prefetch)
+        core.start(consumer)
+        self.done()
+
+    @rule(number=index, which=index, selector=st.sampled_from(("", *FILTERS)))
+    @precondition(lambda self: len(self.model.members) < 4)
+    def subscribe_durably(self, number: int, which: int, selector: str) -> None:
+        name, pattern = pick(SUBSCRIPTIONS, which)
+        place = f"client/{name}"
+        if any(at == place for at, *_ in self.model.members.values()):
+            return
+        _, selector = self.model.state.subscriptions.setdefault(place, (pattern, selector))
+        core = self.core
+        consumer = core.subscribe(
+            self.connection(number),
+            pattern,
+            INDIVIDUAL,
+            prefetch=2,
+            durable_name=name,
+            client_id="client",
+            options=ConsumerOptions(selector=selector),
+        )
+        self.model.members[consumer] = (place, "", 2)
+        core.start(consumer)
+        self.done()
+
+    @rule(number=index)
+    @precondition(lambda self: self.model.members)
+    def unsubscribe(self, number: int) -> None:
+        consumer = pick(self.model.members, number)
+        core = self.core
+        self.model.leave(consumer)
+        core.unsubscribe(consumer)
+        self.done()
+
+    @rule(number=index)
+    @precondition(lambda self: self.connections)
+    def disconnect(self, number: int) -> None:
+        connection = self.connections.pop(number % len(self.connections))
+        core = self.core
+        self._give_back(connection)
+        for consumer in [each for each in self.model.members if each.connection is connection]:
+            self.model.leave(consumer)
+        core.disconnect(connection)
+        self.done()
+
+    @rule(number=index, done=st.sampled_from((True, True, False)))
+    @precondition(lambda self: self.deliveries())
+    def settle(self, number: int, done: bool) -> None:
+        consumer, each = pick(self.deliveries(), number)
+        tag = next(tag for tag, entry in consumer.unacked.items() if entry.order == each.order)
+        core = self.core
+        if done:
+            self.model.forget(self.model.members[consumer][0], each)
+            core.acknowledge(consumer, tag)
+        else:
+            self.model.give_back(each)
+            core.reject(consumer, tag)
+        self.done()
+
+    # ---- rules: transactions
+
+    def _begin(self, connection: Connection) -> Pending:
+        if (connection, "x") not in self.model.pending:
+            self.core.begin(connection, "x")
+            self.model.pending[connection, "x"] = Pending()
+        return self.model.pending[connection, "x"]
+
+    @rule(number=index, done=st.sampled_from((True, True, False)))
+    @precondition(lambda self: self.deliveries())
+    def settle_later(self, number: int, done: bool) -> None:
+        consumer, each = pick(self.deliveries(), number)
+        pending = self._begin(consumer.connection)
+        if len(pending.sent) + len(pending.settled) >= self.driver.limits.transaction_messages_max:
+            return
+        tag = next(tag for tag, entry in consumer.unacked.items() if entry.order == each.order)
+        each.settled = True
+        pending.settled.append((self.model.members[consumer][0], each, done))
+        (self.core.acknowledge if done else self.core.reject)(consumer, tag, "x")
+        self.done()
+
+    @rule(number=index)
+    @precondition(lambda self: self.model.pending)
+    def commit(self, number: int) -> None:
+        owner = pick(self.model.pending, number)
+        pending = self.model.pending.pop(owner)
+        core = self.core
+        self.model.make_queues(pending.sent)
+        for sent in pending.sent:
+            self.model.expect(sent)
+        for place, each, done in pending.settled:
+            if done:
+                self.model.forget(place, each)
+            else:
+                self.model.give_back(each)
+        core.commit(*owner)
+        self.done()
+
+    @rule(number=index)
+    @precondition(lambda self: self.model.pending)
+    def abort(self, number: int) -> None:
+        owner = pick(self.model.pending, number)
+        core = self.core
+        self._give_back(owner[0])
+        core.abort(*owner)
+        self.done()
+
+    def _give_back(self, connection: Connection) -> None:
+        pending = self.model.pending.pop((connection, "x"), Pending())
+        for _, each, _ in pending.settled:
+            self.model.give_back(each)
+
+    # ---- rules: time, the disk, and the end of the process
+
+    @rule(milliseconds=st.sampled_from((10, 50, 700, 3_000)), steps=st.integers(0, 5))
+    def pass_time(self, milliseconds: int, steps: int) -> None:
+        """The sweep may be under way when the process dies."""
+        self.driver.now += milliseconds
+        self.core.sweep()
+        self.driver.end_turn()
+        for _ in range(steps):
+            self.driver.step_commit() or self.driver.step_read()
+        if steps > 3:
+            self._crash()
+        self.rest()
+
+    @rule(steps=st.integers(1, 6))
+    def write(self, steps: int) -> None:
+        for _ in range(steps):
+            self.driver.step_commit() or self.driver.step_read()
+
+    @rule()
+    def come_to_rest(self) -> None:
+        self.rest()
+
+    @rule(steps=st.integers(0, 3))
+    def crash(self, steps: int) -> None:
+        for _ in range(steps):
+            self.driver.step_commit()
+        self._crash()
+
+    def _crash(self) -> None:
+        self.model.crashed()
+        self.connections.clear()
+        self.driver.crash()
+        self.rest(counted=False)  # some were dropped by the life before
+
+    @rule()
+    def restart(self) -> None:
+        core = self.core
+        for connection in self.connections:
+            self._give_back(connection)
+        for consumer in list(self.model.members):
+            self.model.leave(consumer)
+        for connection in list(core.connections):
+            core.disconnect(connection)
+        self.driver.end_turn()
+        self.rest()
+        self._crash()
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "driver"):  # made by `first`
+                self._empty()
+        finally:
+            self.patches.close()
+
+    def _empty(self) -> None:
+        """Whoever comes gets all that is there, and nothing stays in the store."""
+        self.restart()
+        for place in [place for place, copies in self.model.state.places.items() if copies]:
+            self._drain(place)
+        assert not leftovers(self.driver.store)
+
+    def _drain(self, place: str) -> None:
+        if place in QUEUES:
+            self._subscribe(0, place, 3, "")
+        elif place in self.model.state.subscriptions:
+            names = [name for name, _ in SUBSCRIPTIONS]
+            self.subscribe_durably(0, names.index(place.removeprefix("client/")), "")
+        else:
+            self._subscribe(0, place, 3, "")
+        consumer = list(self.model.members)[-1]
+        self.rest()
+        while self.model.copies(place):
+            assert self.model.held_by(consumer), self.model.copies(place)
+            self.settle(0, True)
+            self.rest()
+        self.unsubscribe(0)
