@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import (
+    choosing,
     deep,
     embedded,
     failover,
@@ -47,6 +48,7 @@ CASES: dict[str, Case] = {
     "network": network.run,
     "schedules": schedules.run,
     "selectors": selectors.run,
+    "choosing": choosing.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0
