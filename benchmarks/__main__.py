@@ -20,6 +20,7 @@ from benchmarks import (
     deep,
     embedded,
     failover,
+    hostile,
     idle,
     latency,
     machine,
@@ -49,6 +50,7 @@ CASES: dict[str, Case] = {
     "schedules": schedules.run,
     "selectors": selectors.run,
     "choosing": choosing.run,
+    "hostile": hostile.run,
 }
 ROUNDS = 3
 ROUND_SECONDS = 4.0
