@@ -117,6 +117,9 @@ def _stomp() -> dict[str, Attack]:
     receipts = flood("SEND", f"destination:{NEIGHBOUR}", body=b"x" * 256) + frame(
         "SEND", f"destination:{NEIGHBOUR}", "receipt:r"
     )
+    kept = flood("SEND", f"destination:{KEPT}", "persistent:true", body=b"x" * 256) + frame(
+        "SEND", f"destination:{KEPT}", "persistent:true", "receipt:r"
+    )
     line = b"a:" + b"b" * 60 + b"\n"
     selectors = [frame("SUBSCRIBE", "id:1", to, f"selector:{each}") for each in SELECTORS]
     slow = "a LIKE '%" + "a%" * 60 + "b'"
@@ -125,6 +128,7 @@ def _stomp() -> dict[str, Attack]:
     browse = flood("SUBSCRIBE", "id:{}", f"destination:{KEPT}", "browser:true")
     return {
         "neighbour": Attack(forever(CONNECT, receipts)),
+        "durable neighbour": Attack(forever(CONNECT, kept)),
         "slow-loris": Attack(slowly(CONNECT), 200),
         "a body of 10 GB": Attack(
             once(CONNECT, b"SEND\n%b\ncontent-length:10737418240\n\n" % to.encode(), b"x" * 65_536)

@@ -77,7 +77,9 @@ class Limits:
     groups_max: int = 100_000  # names of message groups that are remembered with their consumers; others share buckets
     full_policy: Literal["block", "refuse"] = "block"  # what a send into a full broker meets
     full_timeout: float = 30.0  # seconds a blocked send waits for room before it is refused
-    turn_messages_max: int = 512  # frames (native: messages) of one connection handled before others get their turn
+    turn_messages_max: int = (
+        512  # frames (native: messages) of one connection handled before others get their turn; copies count
+    )
     recovery_bytes_max: int = (
         64 * 1024 * 1024
     )  # bytes that all topics together keep for late subscribers, with 512 for each message

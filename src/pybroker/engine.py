@@ -37,6 +37,8 @@ from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.engine")
 
+SCHEDULE_WORK = 4  # sending what is due, and moving its schedule on, takes as long as so many messages
+
 
 def wall_clock_ms() -> int:
     """Milliseconds since the Unix epoch."""
@@ -134,6 +136,7 @@ class Engine:
         if self.error is not None:
             raise self.error
         self.core.now = self.clock_ms()
+        self.core.work = 0
         return self.core
 
     def end_turn(self) -> None:
@@ -436,7 +439,7 @@ class Engine:
             if not more:  # else what changes while it goes on is still to be looked at afterwards
                 changed = self._schedules_changed = trio.Event()
             core = self.begin_turn()
-            more = core.release_due(limits.turn_messages_max)
+            more = core.release_due(max(limits.turn_messages_max // SCHEDULE_WORK, 1))
             self.end_turn()
             if more:
                 await self.journal.wait_room(limits.batch_bytes_max)

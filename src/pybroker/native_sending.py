@@ -195,7 +195,10 @@ class Sending:
                 if producer is not None:
                     producer.stored(run, sequence - 1, run_stored)
 
+        work_max = self._limits.turn_messages_max
         for message in messages:
+            if core.work > work_max:
+                break
             try:
                 if not plain:
                     if size > TURN_BYTES_MAX:

@@ -214,6 +214,7 @@ class NativeConnection:
         last: Event | None = None
         try:
             core = engine.begin_turn()
+            work_max = core.limits.turn_messages_max
             for event in events:
                 kind = event.__class__
                 if kind is Send or kind is Commit:
@@ -245,6 +246,12 @@ class NativeConnection:
                     self._answer(core, event.request, self._delete, event)
                 else:
                     last = event  # nothing comes behind it (or not before it is answered)
+                if core.work > work_max:
+                    engine.end_turn()
+                    await trio.lowlevel.checkpoint()
+                    if self._ended:
+                        return False
+                    core = engine.begin_turn()
             if isinstance(last, Violation):
                 raise last.error
         except BrokerError as error:

@@ -204,6 +204,7 @@ class StompConnection:
         core = engine.begin_turn()
         crowded = core.crowded
         watched = core.watched
+        work_max = core.limits.turn_messages_max
         receipt: bytes | None = None
         try:
             for event in events:
@@ -256,6 +257,12 @@ class StompConnection:
                 if receipt is not None:
                     core.confirm((self, receipt))
                     receipt = None
+                if core.work > work_max:
+                    engine.end_turn()
+                    await trio.lowlevel.checkpoint()
+                    if self._ended:
+                        return False
+                    core = engine.begin_turn()
         except BrokerError as error:
             self._end_with(error, receipt)
             return False

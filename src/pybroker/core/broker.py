@@ -115,6 +115,9 @@ class Core:
         self.held: list[Any] = []
         self.instant: list[Entry] = []
         self.closing: list[tuple[Consumer, BrokerError]] = []
+        self.work = (
+            0  # what this turn has taken beyond one for each message or request, in messages; reset by the caller
+        )
         self.freed = False  # room was made since the caller last looked
         self.memory_bytes = 0  # messages and entries in memory
         self.stored_bytes = 0  # messages in the store

@@ -88,6 +88,7 @@ def publish_here(core: Core, message: Message, topic: Topic, queues: tuple[Queue
     if topic.choice is not None:
         subscribers = topic.choice.of(message)
         durable = sum(queue.kind == SUBSCRIPTION for queue in subscribers)
+    core.work += len(subscribers) + len(queues)
     shared = None
     references = durable + len(queues)
     if references > 1 and message.durable:

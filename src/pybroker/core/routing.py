@@ -21,6 +21,7 @@ from pybroker.selectors import compile_selector
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
 
+COPY_WORK = 2  # a copy takes as long as so many messages
 PLACES_MAX = 10_000  # names of which it is remembered what concerns them
 
 
@@ -173,6 +174,7 @@ class Routing:
         """Give each destination its copy, or none any. Raises LimitExceeded. True when the store will keep one of them."""
         core = self._core
         texts = self.destinations(message)
+        core.work += COPY_WORK * len(texts)
         expired = bool(message.expires) and message.expires <= core.now
         if not expired:
             self.make_queues(texts)

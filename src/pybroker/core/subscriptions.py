@@ -19,6 +19,8 @@ from pybroker.selectors import compile_selector
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
 
+SUBSCRIBE_WORK = 16  # coming and leaving of a consumer take as long as so many messages
+
 
 def subscribe(
     core: Core,
@@ -38,6 +40,7 @@ def subscribe(
     Raises SubscriptionError, InvalidSelector, InvalidDestination, LimitExceeded.
     """
     limits = core.limits
+    core.work += SUBSCRIBE_WORK
     if len(connection.consumers) >= limits.subscriptions_max:
         raise LimitExceeded("limits.subscriptions_max", limits.subscriptions_max, "too many subscriptions")
     if ack_mode not in ACK_MODES:
