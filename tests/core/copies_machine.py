@@ -39,6 +39,8 @@ QUEUES = (
     "/queue/Consumer.x.VirtualTopic.Mirror.m",
 )
 SUBSCRIPTIONS = (("one", "/topic/VirtualTopic.>"), ("two", "/topic/t"), ("three", "/topic/VirtualTopic.v"))
+COLLECTING = tuple(name for name in QUEUES if name.startswith("/queue/Consumer."))
+FILTERS_OF = ("", "s = '1'", "s IS NULL")  # of the durable subscriptions that are there from the beginning
 FOCUS = (
     ("/queue/c", "/queue/a,/topic/VirtualTopic.v", "/topic/VirtualTopic.v"),
     ("/queue/f", "/queue/small,drop", DROPPING),
@@ -56,6 +58,7 @@ SENDING = {
     "lasts": st.sampled_from((0, 0, 0, 50, 1_500, -1)),
     "key": st.sampled_from(("", "", "k", "l")),
 }
+messages = st.lists(st.fixed_dictionaries(SENDING), min_size=1, max_size=4)
 
 
 def policies() -> tuple[dict[str, Any], ...]:
@@ -104,8 +107,25 @@ class CopiesMachine(RuleBasedStateMachine):
         self.connections: list[Connection] = []
         self.drops = 0  # of this life, as far as they were seen
 
-    @initialize(focus=st.sampled_from(FOCUS), window=st.sampled_from((2, 4, 8)), collecting=st.booleans())
-    def first(self, focus: tuple[str, ...], window: int, collecting: bool) -> None:
+    @initialize(
+        focus=st.sampled_from(FOCUS),
+        window=st.sampled_from((2, 4, 8)),
+        collecting=st.lists(st.sampled_from(COLLECTING), unique=True),
+        subscribed=st.lists(st.sampled_from((0, 1, 2)), unique=True),
+        expiring=st.booleans(),
+        keyed=st.booleans(),
+    )
+    def first(
+        self,
+        focus: tuple[str, ...],
+        window: int,
+        collecting: list[str],
+        subscribed: list[int],
+        expiring: bool,
+        keyed: bool,
+    ) -> None:
+        self.expiring = expiring
+        self.keyed = keyed
         limits = Limits(window_messages_max=window, window_bytes_max=120, transaction_messages_max=6)
         self.driver = Driver(
             limits,
@@ -117,8 +137,12 @@ class CopiesMachine(RuleBasedStateMachine):
         )
         self.model.driver = self.driver
         self.focus = focus
-        if collecting:
-            self._subscribe(0, "/queue/Consumer.y.VirtualTopic.v", 1, "s = '1'")
+        for place in collecting:
+            self._subscribe(0, place, 1, "s = '1'")
+        for which in subscribed:
+            self.subscribe_durably(0, which, FILTERS_OF[which])
+        if collecting or subscribed:
+            self.disconnect(0)
 
     # ---- helpers
 
@@ -140,7 +164,7 @@ class CopiesMachine(RuleBasedStateMachine):
                 count = len(copies)
                 spare = sum(each.holder is None and self.model.expired(each) for each in copies)
                 expired += spare
-                spare += self.model.state.drops_max if place == DROPPING else 0
+                spare += self.model.drops_max if place == DROPPING else 0
                 assert count - spare <= queue.depth <= count, f"{queue}: {copies}"
         if expired:
             self.rest()
@@ -203,35 +227,38 @@ class CopiesMachine(RuleBasedStateMachine):
 
     def make(self, to: int, s: str, durable: bool, priority: int, lasts: int, key: str) -> tuple[Sent, Message]:
         destination = pick(self.focus, to)
-        expires = self.driver.now + lasts if lasts else 0
+        expires = self.driver.now + lasts if lasts and self.expiring else 0
+        key = key if self.keyed else ""
         durable = durable or "b" in destination.split(",")
         sent = self.model.make(destination, b"s:%b\n" % s.encode() if s else b"", durable, priority, expires, key)
         return sent, Message(destination, sent.body, sent.block, durable, priority, expires)
 
     # ---- rules: producers
 
-    @rule(**SENDING)
-    def send(self, **how: Any) -> None:
-        sent, message = self.make(**how)
-        error = self.core.full(message)
-        assert (error is not None) == self.model.full(sent), (error, sent)
-        if error is not None:
-            return
-        self.model.expect(sent)
-        self.core.send(message)
-        if sent.durable and self.model.state.keys.get((sent.destination, sent.key), (0, False))[1]:
-            self.core.confirm((None, sent))
-        self.done()
-
-    @rule(number=index, **SENDING)
-    def send_later(self, number: int, **how: Any) -> None:
-        connection = self.connection(number)
-        pending = self._begin(connection)
-        if len(pending.sent) + len(pending.settled) < self.driver.limits.transaction_messages_max:
+    @rule(sends=messages)
+    def send(self, sends: list[dict[str, Any]]) -> None:
+        for how in sends:
             sent, message = self.make(**how)
-            self.core.send_later(connection, message, "x")
-            pending.sent.append(sent)
+            error = self.core.full(message)
+            assert (error is not None) == self.model.full(sent), (error, sent)
+            if error is not None:
+                continue
+            self.model.expect(sent)
+            self.core.send(message)
+            if sent.durable and self.model.state.keys.get((sent.destination, sent.key), (0, False))[1]:
+                self.core.confirm((None, sent))
             self.done()
+
+    @rule(number=index, sends=messages)
+    def send_later(self, number: int, sends: list[dict[str, Any]]) -> None:
+        connection = self.connection(number)
+        for how in sends:
+            pending = self._begin(connection)
+            if len(pending.sent) + len(pending.settled) < self.driver.limits.transaction_messages_max:
+                sent, message = self.make(**how)
+                self.core.send_later(connection, message, "x")
+                pending.sent.append(sent)
+                self.done()
 
     # ---- rules: consumers
 
@@ -376,10 +403,6 @@ class CopiesMachine(RuleBasedStateMachine):
     def write(self, steps: int) -> None:
         for _ in range(steps):
             self.driver.step_commit() or self.driver.step_read()
-
-    @rule()
-    def come_to_rest(self) -> None:
-        self.rest()
 
     @rule(steps=st.integers(0, 3))
     def crash(self, steps: int) -> None:

@@ -17,7 +17,7 @@ from tests.core.test_model import CHUNK, SETTINGS, SOAK_SECONDS
 
 @pytest.mark.slow
 def test_each_destination_has_its_copy_and_no_other() -> None:
-    run_state_machine_as_test(CopiesMachine, settings=settings(SETTINGS, max_examples=80, stateful_step_count=40))
+    run_state_machine_as_test(CopiesMachine, settings=settings(SETTINGS, max_examples=80, stateful_step_count=30))
 
 
 @pytest.mark.soak
