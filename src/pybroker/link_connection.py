@@ -325,7 +325,7 @@ class LinkConnection:
             full = self._take_some(limits.turn_messages_max)
             while full is not None and not self._ended and engine.error is None:
                 await engine.wait_freed()
-                if engine.core.full(full) is None:
+                if engine.core.full(full, sent=False) is None:
                     break
             await trio.lowlevel.checkpoint()
 
@@ -346,7 +346,7 @@ class LinkConnection:
                 tags += [(frame.lane, tag) for tag in range(frame.first_tag, frame.first_tag + done)]
                 size += sum([message.size for _, message in messages[:done]])
                 for sequence, message in messages[done:]:
-                    if crowded and core.full(message) is not None:
+                    if crowded and core.full(message, sent=False) is not None:
                         full = message
                         break
                     tag = frame.first_tag + done

@@ -56,7 +56,7 @@ SENDING = {
     "durable": st.sampled_from((True, True, False)),
     "priority": st.sampled_from((4, 4, 4, 9)),
     "lasts": st.sampled_from((0, 0, 0, 50, 1_500, -1)),
-    "key": st.sampled_from(("", "", "k", "l")),
+    "key": st.sampled_from(("", "k", "k", "l")),
 }
 messages = st.lists(st.fixed_dictionaries(SENDING), min_size=1, max_size=4)
 
@@ -113,7 +113,7 @@ class CopiesMachine(RuleBasedStateMachine):
         collecting=st.lists(st.sampled_from(COLLECTING), unique=True),
         subscribed=st.lists(st.sampled_from((0, 1, 2)), unique=True),
         expiring=st.booleans(),
-        keyed=st.booleans(),
+        keyed=st.sampled_from((False, True, True)),
     )
     def first(
         self,

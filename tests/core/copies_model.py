@@ -216,7 +216,9 @@ class CopiesModel:
         return found
 
     def full(self, sent: Sent) -> bool:
-        """Whether one of the destinations has no room."""
+        """Whether one of the destinations has no room; a repeat needs none."""
+        if self.repeats(sent):
+            return False
         for place in self.targets(sent):
             copies = self.copies(place).values()
             if place != DROPPING and len(copies) >= MESSAGES_MAX.get(place, 1_000):

@@ -91,6 +91,27 @@ def test_a_refused_send_leaves_no_key():
     assert len(bench.core.message_keys) == 0
 
 
+def test_a_repeat_needs_no_room():
+    """Who is not sure and sends once more would be told that it is refused, and it is stored."""
+    bench = Bench(policy=({"match": Q, "messages_max": 1, "full_policy": "refuse"},))
+
+    def full(key: str, *, durable: bool = True, sent: bool = True) -> bool:
+        message = Message(Q, b"x", f"message-key:{key}\n".encode(), durable)
+        return bench.core.full(message, sent=sent) is not None
+
+    assert not full("a")
+    send(bench, "a", durable=False)
+    assert full("b")
+    assert full("a")  # it would be stored
+    assert not full("a", durable=False)
+    bench.core.disk_full = "the disk is full"
+    assert not full("a", durable=False)
+    assert full("a", durable=False, sent=False)  # what is moved, or comes over a link, is stored whatever its key is
+    bench.core.disk_full = ""
+    bench.wait(3_600_000)
+    assert full("a", durable=False)
+
+
 @pytest.mark.parametrize("dead_letters", [False, True])
 def test_what_has_expired_when_it_comes_leaves_no_key(dead_letters: bool):
     bench = Bench(policy=({"match": "/queue/>", "dead_letter_expired": dead_letters},))

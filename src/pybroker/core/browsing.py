@@ -309,7 +309,7 @@ def _move(core: Core, request: BrowseRequest, order: int, place: Place, message:
     elif moving.target is not None:
         copy, put = message.moved_to(f"/queue/{moving.target.name}", expires=message.expires), moving.target.accept
     if copy is not None:
-        refused = core.full(copy)
+        refused = core.full(copy, sent=False)
         if refused is not None:
             request.page.refused = refused
             request.page.cursor = request.cursor._replace(position=order)

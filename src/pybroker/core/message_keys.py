@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pybroker.destination import parse_destination
 from pybroker.errors import BrokerError
-from pybroker.message import Message
+from pybroker.message import Message, mentions
 from pybroker.operations import DELETE_PRODUCER, PUT_PRODUCER, ProducerRecord
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ class MessageKeys:
             return None
         core = self._core
         record_id = record_of(message.destination, key or "")
-        # What is only in memory is no repeat of what is to be stored.
-        as_safe = not message.durable or record_id not in self._transient
-        if as_safe and self._until.get(record_id, -1) > core.now:
+        if self._is_repeat(record_id, message):
             core.duplicates += 1
             if not message.message_id:
                 message.message_id = core.new_message_id()
@@ -67,6 +65,18 @@ class MessageKeys:
         if not message.expires or message.expires > core.now:  # else it was not taken: the next one may be
             self._remember(record_id, core.now + window, message.durable)
         return stored
+
+    def repeats(self, message: Message) -> bool:
+        """Whether a message that is sent now is a repeat, and needs no room."""
+        if not self._until or not mentions(message.header_block, MARK):
+            return False
+        key = message.header(HEADER)
+        return bool(key and self._is_repeat(record_of(message.destination, key), message) and self._window(message))
+
+    def _is_repeat(self, record_id: str, message: Message) -> bool:
+        # What is only in memory is no repeat of what is to be stored.
+        as_safe = not message.durable or record_id not in self._transient
+        return as_safe and self._until.get(record_id, -1) > self._core.now
 
     def send_anyway(self, message: Message) -> bool:
         """`Core.send` for a message whose key was looked at before, or is to be passed over."""

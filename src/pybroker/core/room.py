@@ -53,8 +53,13 @@ def crowded(core: Core) -> bool:
     )
 
 
-def full(core: Core, message: Message) -> BrokerFull | None:
-    """Why there is no room for the message now, or None when there is. Makes room where it can."""
+def full(core: Core, message: Message, sent: bool = True) -> BrokerFull | None:
+    """Why there is no room for the message now, or None when there is. Makes room where it can.
+
+    A send that repeats a message key needs none. `sent`: whether it is sent here; else nobody looks at its key.
+    """
+    if sent and core.message_keys.repeats(message):
+        return None
     error = full_broker(core)
     if error is None and core.limits_destinations:
         return full_destinations(core, message)
