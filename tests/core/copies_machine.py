@@ -57,6 +57,7 @@ SENDING = {
     "priority": st.sampled_from((4, 4, 4, 9)),
     "lasts": st.sampled_from((0, 0, 0, 50, 1_500, -1)),
     "key": st.sampled_from(("", "k", "k", "l")),
+    "delay": st.sampled_from((0, 0, 40, 600)),
 }
 messages = st.lists(st.fixed_dictionaries(SENDING), min_size=1, max_size=4)
 
@@ -113,6 +114,7 @@ class CopiesMachine(RuleBasedStateMachine):
         collecting=st.lists(st.sampled_from(COLLECTING), unique=True),
         subscribed=st.lists(st.sampled_from((0, 1, 2)), unique=True),
         expiring=st.booleans(),
+        scheduling=st.booleans(),
         keyed=st.sampled_from((False, True, True)),
     )
     def first(
@@ -122,11 +124,15 @@ class CopiesMachine(RuleBasedStateMachine):
         collecting: list[str],
         subscribed: list[int],
         expiring: bool,
+        scheduling: bool,
         keyed: bool,
     ) -> None:
         self.expiring = expiring
+        self.scheduling = scheduling
         self.keyed = keyed
-        limits = Limits(window_messages_max=window, window_bytes_max=120, transaction_messages_max=6)
+        limits = Limits(
+            window_messages_max=window, window_bytes_max=120 if window < 8 else 1_000, transaction_messages_max=6
+        )
         self.driver = Driver(
             limits,
             DeliveryPolicy(deliveries_max=0, dead_letter_queue=DLQ),
@@ -174,6 +180,11 @@ class CopiesMachine(RuleBasedStateMachine):
         self.core.sweep()
         self.driver.end_turn()
         self.driver.settle()
+        left = -1
+        while left != len(self.driver.core.schedules):
+            left = len(self.driver.core.schedules)
+            self._release()
+            self.driver.settle()
         self.model.end_call()
         core = self.driver.core
         check_invariants(core)
@@ -194,6 +205,9 @@ class CopiesMachine(RuleBasedStateMachine):
             assert not counted or dropped == queue.counts.dropped - self.drops, "not counted"
             self.drops = queue.counts.dropped
         self.model.at_rest()
+        if self.scheduling:
+            window = self.driver.limits.window_messages_max
+            assert len(core.schedules) == self.model.schedules_at_rest(min(window, 3))
         for place, copies in self.model.state.places.items():
             stored = {order: each.sent.body for order, each in copies.items() if each.sent.durable}
             assert found.get(place, {}) == stored, place
@@ -201,6 +215,13 @@ class CopiesMachine(RuleBasedStateMachine):
             assert each.depth == len(self.model.copies(copies_model.place_of(each))), each
         self._nobody_starves()
         self.model.stored = self.model.state.durable()
+
+    def _release(self) -> None:
+        """Send what is due, as the engine's alarm does."""
+        more = True
+        while more:
+            more = self.core.release_due(2)
+            self.driver.end_turn()
 
     def _spooled(self, queue: Any) -> list[int]:
         if self.driver.spool_store is None:
@@ -225,13 +246,19 @@ class CopiesMachine(RuleBasedStateMachine):
         """What clients could settle."""
         return [(who, each) for who in self.model.members for each in self.model.held_by(who) if each.visible]
 
-    def make(self, to: int, s: str, durable: bool, priority: int, lasts: int, key: str) -> tuple[Sent, Message]:
+    def make(
+        self, to: int, s: str, durable: bool, priority: int, lasts: int, key: str, delay: int
+    ) -> tuple[Sent, Message]:
         destination = pick(self.focus, to)
-        expires = self.driver.now + lasts if lasts and self.expiring else 0
+        delay = delay if self.scheduling else 0
+        expires = self.driver.now + lasts if lasts and self.expiring and not delay else 0
         key = key if self.keyed else ""
         durable = durable or "b" in destination.split(",")
-        sent = self.model.make(destination, b"s:%b\n" % s.encode() if s else b"", durable, priority, expires, key)
-        return sent, Message(destination, sent.body, sent.block, durable, priority, expires)
+        sent = self.model.make(
+            destination, b"s:%b\n" % s.encode() if s else b"", durable, priority, expires, key, delay
+        )
+        terms = b"AMQ_SCHEDULED_DELAY:%d\n" % delay if delay else b""
+        return sent, Message(destination, sent.body, terms + sent.block, durable, priority, expires)
 
     # ---- rules: producers
 
@@ -240,7 +267,7 @@ class CopiesMachine(RuleBasedStateMachine):
         for how in sends:
             sent, message = self.make(**how)
             error = self.core.full(message)
-            assert (error is not None) == self.model.full(sent), (error, sent)
+            assert (error is not None) == (self.model.full(sent) and not self.model.repeats(sent)), (error, sent)
             if error is not None:
                 continue
             self.model.expect(sent)
@@ -360,7 +387,7 @@ class CopiesMachine(RuleBasedStateMachine):
         owner = pick(self.model.pending, number)
         pending = self.model.pending.pop(owner)
         core = self.core
-        self.model.make_queues(pending.sent)
+        self.model.make_queues([sent for sent in pending.sent if not sent.delay])
         for sent in pending.sent:
             self.model.expect(sent)
         for place, each, done in pending.settled:
@@ -393,6 +420,7 @@ class CopiesMachine(RuleBasedStateMachine):
         self.driver.now += milliseconds
         self.core.sweep()
         self.driver.end_turn()
+        self._release()
         for _ in range(steps):
             self.driver.step_commit() or self.driver.step_read()
         if steps > 3:
@@ -438,9 +466,11 @@ class CopiesMachine(RuleBasedStateMachine):
 
     def _empty(self) -> None:
         """Whoever comes gets all that is there, and nothing stays in the store."""
+        self.driver.now += 10_000
         self.restart()
-        for place in [place for place, copies in self.model.state.places.items() if copies]:
-            self._drain(place)
+        while places := [place for place, copies in self.model.state.places.items() if copies]:
+            self._drain(places[0])
+        assert not self.model.state.schedules
         assert not leftovers(self.driver.store)
 
     def _drain(self, place: str) -> None:

@@ -7,6 +7,7 @@ something is delivered is the subject of `model`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,7 @@ class Sent:
     priority: int
     expires: int
     key: str
+    delay: int = 0  # milliseconds for which it is scheduled
 
 
 @dataclass(eq=False)
@@ -95,6 +97,9 @@ class State:
     collecting: set[str] = field(default_factory=set)  # queues of virtual topics' consumers
     subscriptions: dict[str, tuple[str, str]] = field(default_factory=dict)  # durable: place: topic's pattern, selector
     keys: dict[tuple[str, str], tuple[int, bool]] = field(default_factory=dict)  # until when; whether stored
+    schedules: list[tuple[int, int, Sent]] = field(
+        default_factory=list
+    )  # when due, and in the order in which they came
     drops_max: int = 0  # how many may have been dropped since the last look
 
     def durable(self) -> State:
@@ -113,6 +118,7 @@ class State:
             set(self.collecting),
             dict(self.subscriptions),
             {key: (until, stored) for key, (until, stored) in self.keys.items() if stored},
+            [each for each in self.schedules if each[2].durable],
             self.drops_max,
         )
 
@@ -216,9 +222,7 @@ class CopiesModel:
         return found
 
     def full(self, sent: Sent) -> bool:
-        """Whether one of the destinations has no room; a repeat needs none."""
-        if self.repeats(sent):
-            return False
+        """Whether one of the destinations has no room."""
         for place in self.targets(sent):
             copies = self.copies(place).values()
             if place != DROPPING and len(copies) >= MESSAGES_MAX.get(place, 1_000):
@@ -229,11 +233,13 @@ class CopiesModel:
 
     # ---- what tests do
 
-    def make(self, destination: str, block: bytes, durable: bool, priority: int, expires: int, key: str) -> Sent:
+    def make(
+        self, destination: str, block: bytes, durable: bool, priority: int, expires: int, key: str, delay: int
+    ) -> Sent:
         number = len(self.sents) + 1
         if key:
             block += b"message-key:%b\n" % key.encode()
-        sent = Sent(number, destination, b"%d:xxxxx" % number, block, durable, priority, expires, key)
+        sent = Sent(number, destination, b"%d:xxxxx" % number, block, durable, priority, expires, key, delay)
         self.sents[number] = sent
         return sent
 
@@ -252,6 +258,13 @@ class CopiesModel:
             return
         if sent.key and sent.destination not in BYTES_MAX:
             self.state.keys[sent.destination, sent.key] = (self.now + KEY_WINDOW_MS, sent.durable)
+        if sent.delay:
+            self.age += 1
+            self.state.schedules.append((self.now + sent.delay, self.age, sent))
+            return
+        self._expect_copies(sent)
+
+    def _expect_copies(self, sent: Sent) -> None:
         self.make_queues([sent])
         for place in self.targets(sent):
             self.expected[place, sent.number] += 1
@@ -285,6 +298,35 @@ class CopiesModel:
         assert not +self.expected, f"never arrived: {+self.expected}"
         assert not +self.letters, f"no dead letters: {+self.letters}"
         self.leaving.clear()
+
+    def nobody_gets(self, sent: Sent) -> bool:
+        return not self.targets(sent) and not self.subscribed(sent)
+
+    def _released(self, sent: Sent) -> None:
+        """A scheduled message is sent: its first copy arrives."""
+        job = next(each for each in self.state.schedules if each[2] is sent)
+        assert job[0] <= self.now, f"{job} is sent too early"
+        assert not self.full(sent), f"{job} is sent where there is no room"
+        for each in sorted(self.state.schedules):
+            if each < job and each[2].destination == sent.destination:
+                assert self.nobody_gets(each[2]), f"{job} is sent before {each}"
+                self.state.schedules.remove(each)
+        self.state.schedules.remove(job)
+        self._expect_copies(sent)
+
+    def schedules_at_rest(self, count_max: int) -> int:
+        """What is due is sent, if there is room; where so many wait, others need not be looked at. How many are left."""
+        self.state.schedules = [
+            each
+            for each in self.state.schedules
+            if each[0] > self.now or not self.nobody_gets(each[2]) or self.full(each[2])
+        ]
+        due = [each for each in sorted(self.state.schedules) if each[0] <= self.now]
+        first = {each[2].destination: each for each in reversed(due)}
+        if len(due) < count_max:
+            for each in first.values():
+                assert self.full(each[2]), f"{each} is not sent"
+        return len(self.state.schedules)
 
     def at_rest(self) -> None:
         """What has expired is gone."""
@@ -320,9 +362,14 @@ class CopiesModel:
         sent = self.sents[number]
         assert (message.body, message.priority, message.durable) == (sent.body, sent.priority, sent.durable), message
         assert self.ids.setdefault(number, message.message_id) == message.message_id, "copies have one id"
+        if any(each is sent for *_, each in self.state.schedules):
+            self._released(sent)
         if self.expected[place, number] > 0:
             self.expected[place, number] -= 1
-            assert (message.header_block, message.expires) == (sent.block, sent.expires), message
+            assert message.expires == sent.expires, message
+            job = message.header_block.removesuffix(sent.block)
+            assert re.fullmatch(rb"scheduledJobId:\d+\n" if sent.delay else b"", job), message
+            assert message.header_block.endswith(sent.block), message
             if place.startswith("/queue/"):
                 assert message.destination == place, message
             else:
