@@ -224,7 +224,7 @@ class CopiesModel:
     def full(self, sent: Sent) -> bool:
         """Whether one of the destinations has no room."""
         for place in self.targets(sent):
-            copies = self.copies(place).values()
+            copies = [each for each in self.copies(place).values() if each.holder is not None or not self.expired(each)]
             if place != DROPPING and len(copies) >= MESSAGES_MAX.get(place, 1_000):
                 return True
             if sum(each.size for each in copies) >= BYTES_MAX.get(place, 100_000):
