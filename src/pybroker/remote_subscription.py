@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 import trio
 
 from pybroker.consumer_options import ConsumerOptions
-from pybroker.destination import QUEUE, parse_destination
+from pybroker.destination import QUEUE, parse_composite
 from pybroker.errors import (
     BrokerClosed,
     BrokerError,
     BrokerFull,
-    InvalidDestination,
     SubscriptionError,
     UnknownDelivery,
 )
@@ -102,17 +101,11 @@ class RemoteSubscription(Subscription):
             raise SubscriptionError(f"acknowledgement mode {self._ack_mode!r} is not one of {', '.join(modes)}")
         if self._prefetch is not None and self._prefetch < 1:
             raise SubscriptionError(f"prefetch must be at least 1, not {self._prefetch}")
-        target = parse_destination(self.destination)
         name = self._durable_name
-        if target.kind == QUEUE:
-            if name is not None:
-                raise SubscriptionError(
-                    f"a durable subscription is for a topic; {self.destination} keeps its messages anyway"
-                )
-            if target.is_pattern:
-                raise InvalidDestination(
-                    f"{self.destination} is a pattern: only topics can be subscribed to by pattern"
-                )
+        if parse_composite(self.destination)[0].kind == QUEUE and name is not None:
+            raise SubscriptionError(
+                f"a durable subscription is for a topic; {self.destination} keeps its messages anyway"
+            )
         if name is not None:
             check_durable_name(name)
             if not self.lifeline.client_id:

@@ -348,7 +348,7 @@ class StompConnection:
         if consumer is None or consumer.ack_mode != AUTO:
             return False
         consumer.size_max = 0
-        consumer.queue.unlist_consumer(consumer)
+        consumer.rest()
         return bool(consumer.unacked)
 
     async def _wait_taken(self, event: Unsubscribe) -> None:

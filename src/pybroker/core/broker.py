@@ -32,6 +32,7 @@ from pybroker.core import (
     settling,
     subscriptions,
     transactions,
+    wildcard,
 )
 from pybroker.core.advisories import Advisories, announce_client, is_advisory
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
@@ -53,6 +54,7 @@ from pybroker.core.schedules import Schedules
 from pybroker.core.shared import SharedBodies
 from pybroker.core.temporary import Temporaries
 from pybroker.core.topics import SubscriptionTree
+from pybroker.core.wildcard import Wildcards
 from pybroker.destination import TEMPORARY_KINDS, Destination, parse_destination
 from pybroker.errors import (
     BrokerError,
@@ -149,6 +151,7 @@ class Core:
         self._topics: dict[str, Topic] = {}
         self._tree: SubscriptionTree[Queue] = SubscriptionTree()
         self.temporaries = Temporaries(self)
+        self.wildcards = Wildcards(self)
         self.advisories = Advisories(self, id_prefix)
         self.watched = False  # somebody subscribes to advisories
         self._shrink_next: list[int] = []
@@ -228,10 +231,11 @@ class Core:
         if not connection.paused:
             connection.paused = True
             for consumer in connection.consumers:
-                consumer.queue.unlist_consumer(consumer)
+                consumer.rest()
             if self.watched and slow:
                 for consumer in connection.consumers:
-                    self.advisories.slow_consumer(consumer)
+                    for part in consumer.parts:
+                        self.advisories.slow_consumer(part)
 
     def pause_all(self) -> None:
         """Hand out nothing more, for good: what is out stays out, and comes back as redelivered where the store goes on."""
@@ -243,8 +247,7 @@ class Core:
         if connection.paused and not self._quiet:
             connection.paused = False
             for consumer in list(connection.consumers):
-                consumer.queue.list_consumer(consumer)
-                consumer.queue.dispatch()
+                consumer.go_on()
 
     # ---- queues and topics
 
@@ -263,6 +266,7 @@ class Core:
         self.routing.added(queue, target)
         if self.routing.topic_of(target) is not None:  # it collects from now on: also after a crash, while it is empty
             self.touch(queue)
+        self.wildcards.added(queue)
         return queue
 
     def new_queue(self, kind: str, name: str, client_id: str = "", subscription: str = "", selector: str = "") -> Queue:
@@ -435,6 +439,9 @@ class Core:
         if transaction is not None:
             self.settle_later(consumer, self.up_to(consumer, entry), transaction, True)
             return
+        if consumer.members is not None:
+            wildcard.acknowledge(self.up_to(consumer, entry))
+            return
         queue = entry.queue
         if consumer.ack_mode == CUMULATIVE:
             for each in self.up_to(consumer, entry):
@@ -455,6 +462,9 @@ class Core:
         if transaction is not None:
             self.settle_later(consumer, entries, transaction, False)
             return
+        if consumer.members is not None:
+            wildcard.reject(consumer, entries)
+            return
         queue = entry.queue
         for each in entries:
             queue.settle(each)
@@ -472,7 +482,7 @@ class Core:
                 queue.counts.acknowledged += 1
                 queues[queue] = None
         for queue in queues:
-            if queue.available:
+            if queue.available or queue.members:
                 queue.dispatch()
 
     # ---- transactions: see transactions.py

@@ -233,7 +233,7 @@ def browse_loaded(
         if not removals.readers:
             queue.removals = None
         core.shared.read_ended()
-        if queue.available:
+        if queue.available or queue.members:
             queue.dispatch()
     core.confirm((request.sink, page))
 

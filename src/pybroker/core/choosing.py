@@ -374,6 +374,8 @@ class Choosing:
             if 0 < entry.message.expires <= now:
                 window.discard(entry.order)
                 self.queue.core.expire(entry)
+                if not all(place.consumer.listed for place in idle if place.consumer is not None):
+                    self._part()
             elif (chosen := self._choose(entry, name := self._group_of(entry), idle)) is not None:
                 del idle[bisect_left(idle, _rank(chosen), key=_rank)]
                 self._pass(chosen, self._idle_mark)
@@ -427,6 +429,11 @@ class Choosing:
             if expires and expires <= now:
                 window.discard(order)
                 queue.core.expire(entry)
+                if queue.members:  # what came of it may have taken the credit of one
+                    for place in [each for each in active if each.consumer is not None and not each.consumer.listed]:
+                        active.remove(place)
+                        self._pass(place, at)
+                    joining = [each for each in joining if each.consumer is None or each.consumer.listed]
                 continue
             asked = active
             if is_late:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pybroker.consumer_options import PLAIN, ConsumerOptions
@@ -11,6 +11,7 @@ from pybroker.core.entry import Entry
 if TYPE_CHECKING:
     from pybroker.core.queue import Queue
     from pybroker.core.temporary import TemporaryQueue
+    from pybroker.core.wildcard import Head
     from pybroker.destination import Destination
     from pybroker.message import Message
 
@@ -73,6 +74,9 @@ class Consumer:
         "unacked",
     )
 
+    head: Head | None = None  # whose member it is
+    members: Mapping[Queue, Consumer] | None = None  # of a consumer of several queues, in each of these
+
     def __init__(
         self,
         connection: Connection,
@@ -102,6 +106,24 @@ class Consumer:
     def able(self) -> bool:
         """Whether it may be given a message now."""
         return self.credit > 0 and self.size < self.size_max and not self.connection.paused
+
+    @property
+    def parts(self) -> Iterable[Consumer]:
+        """Itself; of a consumer of several queues its members."""
+        return (self,)
+
+    def start(self) -> None:
+        """Take part in the dispatch, for the first time."""
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Take part in the dispatch if it is able."""
+        self.queue.list_consumer(self)
+        self.queue.dispatch()
+
+    def rest(self) -> None:
+        """Be given nothing."""
+        self.queue.unlist_consumer(self)
 
 
 class Transaction:

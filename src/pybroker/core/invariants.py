@@ -14,6 +14,7 @@ from pybroker.core.links import TOPIC_PREFIX, Links, Peer
 from pybroker.core.queue import Queue
 from pybroker.core.schedules import Schedules
 from pybroker.core.temporary import TemporaryQueue
+from pybroker.core.wildcard import Head
 from pybroker.destination import QUEUE as QUEUE_KIND
 from pybroker.destination import Destination
 from pybroker.message import Message
@@ -40,7 +41,10 @@ def check_invariants(core: Core) -> None:
             for entry, _ in transaction.settled:
                 assert entry.state == SETTLING, entry
         for consumer in connection.consumers:
-            assert consumer in consumer.queue.consumers, consumer
+            if isinstance(consumer, Head):
+                _check_head(consumer)
+            for part in consumer.parts:
+                assert part in part.queue.consumers, part
     memory += _check_schedules(core.schedules)
     assert core.memory_bytes == memory, (core.memory_bytes, memory)
     stored = sum(queue.size for queue in core.queues.values()) + core.schedules.size
@@ -49,6 +53,25 @@ def check_invariants(core: Core) -> None:
     assert len(core.redeliveries) == sum(len(queue.delayed) for queue in core.queues.values()), len(core.redeliveries)
     _check_producers(core)
     _check_temporaries(core)
+
+
+def _check_head(head: Head) -> None:
+    """All of its members may be given something, or none; and none is forgotten while there is something for it."""
+    assert not head.resting or not head.able or not head.started, head
+    assert head.resting or (head.able and not head.waiting), head
+    assert head.size == sum(entry.message.size for entry in head.unacked.values()), head
+    for queue, member in head.members.items():
+        assert member.queue is queue, queue
+        assert member in queue.members, queue
+        assert member.share is None, queue
+        if head.resting:
+            assert not member.listed, queue
+            known = member in head.waiting or queue.stalled is not None
+            assert known or not member.may_have_more, (queue, "what is there is forgotten")
+        else:
+            assert member.listed or (queue.stalled is not None and member in queue.stalled), queue
+    for entry in head.unacked.values():
+        assert entry.consumer is head.members[entry.queue], entry
 
 
 def _check_temporaries(core: Core) -> None:

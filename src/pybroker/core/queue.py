@@ -22,6 +22,7 @@ from pybroker.core.groups import may_be_grouped
 from pybroker.core.kinds import BACKLOG, CONSUMED, DELETED, LINK, QUEUE, TEMPORARY
 from pybroker.core.shared import SharedBody
 from pybroker.core.sorted_window import SortedWindow
+from pybroker.core.wildcard import Member, share
 from pybroker.core.window import Window
 from pybroker.destination import TOPIC, Destination
 from pybroker.message import Message
@@ -65,6 +66,7 @@ class Queue:
         "head",
         "is_dead_letter_queue",
         "kind",
+        "members",
         "name",
         "next_sequence",
         "outstanding",
@@ -118,6 +120,9 @@ class Queue:
         self.removals: Removals | None = None  # what goes while somebody moves messages
         self.outstanding: dict[int, Entry] = {}
         self.consumers: dict[Consumer, None] = {}  # in the order in which they subscribed
+        self.members: tuple[
+            Member, ...
+        ] = ()  # those of `consumers` whose credit is that of a consumer of several queues
         self.choosing: Choosing | None = None  # while not every consumer may take every message
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
         # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
@@ -208,7 +213,7 @@ class Queue:
             self._deliver(entry)
         else:
             self.insert(entry)
-            if self.available or self.routes is not None or self.choosing is not None:
+            if self.available or self.routes is not None or self.choosing is not None or self.members:
                 self.dispatch()
             elif core.watched and not self.consumers and self.kind == QUEUE:
                 core.advisories.no_consumer(message)
@@ -291,6 +296,8 @@ class Queue:
 
     def dispatch(self) -> None:
         """Give out ready messages while there is somebody to take them: round robin over the consumers with credit."""
+        if self.members:
+            share(self)
         if self.choosing is not None:
             self.choosing.dispatch()
             return
@@ -331,6 +338,8 @@ class Queue:
         if consumer.credit <= 0 or consumer.size >= consumer.size_max:
             available.remove(consumer)
             consumer.listed = False
+            if consumer.head is not None:
+                consumer.head.spent(consumer)
         elif len(available) > 1:
             available.rotate(-1)
         if entry.stored:

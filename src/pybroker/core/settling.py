@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pybroker.core import wildcard
 from pybroker.core.consumer import CUMULATIVE, Consumer
 from pybroker.core.entry import SENT, Entry
 from pybroker.errors import TransactionError, UnknownDelivery
@@ -24,6 +25,12 @@ def acknowledge_ranges(core: Core, consumer: Consumer, ranges: Ranges) -> None:
     """
     if consumer.ack_mode == CUMULATIVE:
         core.acknowledge(consumer, ranges[-1][1])
+        return
+    if consumer.members is not None:
+        entries, unknown_tag = _find(consumer, ranges)
+        wildcard.acknowledge(entries)
+        if unknown_tag is not None:
+            raise _unknown(unknown_tag)
         return
     queue = consumer.queue
     unacked = consumer.unacked
@@ -60,11 +67,14 @@ def reject_ranges(core: Core, consumer: Consumer, ranges: Ranges) -> None:
         core.reject(consumer, ranges[-1][1])
         return
     entries, unknown = _find(consumer, ranges)
-    queue = consumer.queue
-    for entry in entries:
-        queue.settle(entry)
-    queue.put_back(entries)
-    queue.dispatch()
+    if consumer.members is not None:
+        wildcard.reject(consumer, entries)
+    else:
+        queue = consumer.queue
+        for entry in entries:
+            queue.settle(entry)
+        queue.put_back(entries)
+        queue.dispatch()
     if unknown is not None:
         raise _unknown(unknown)
 
@@ -97,13 +107,11 @@ def outstanding(core: Core, acks: Settlements, nacks: Settlements) -> tuple[list
 
 def set_prefetch(core: Core, consumer: Consumer, prefetch: int) -> None:
     """From now on the consumer may hold so many messages, 0 = it is given none (at most `prefetch_max`)."""
-    queue = consumer.queue
     consumer.credit = min(prefetch, core.limits.prefetch_max) - len(consumer.unacked)
     if consumer.able:
-        queue.list_consumer(consumer)
-        queue.dispatch()
+        consumer.go_on()
     else:
-        queue.unlist_consumer(consumer)
+        consumer.rest()
 
 
 def _find(consumer: Consumer, ranges: Ranges) -> tuple[list[Entry], int | None]:

@@ -11,8 +11,16 @@ from pybroker.core.kinds import BACKLOG, CONSUMED, DELETED, SUBSCRIPTION
 from pybroker.core.queue import Queue
 from pybroker.core.retiring import drop_queue
 from pybroker.core.temporary import TemporaryQueue
-from pybroker.destination import QUEUE, TEMPORARY_KINDS, TEMPORARY_TOPIC, Destination, parse_destination
-from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError
+from pybroker.core.wildcard import Head
+from pybroker.destination import (
+    QUEUE,
+    TEMPORARY_KINDS,
+    TEMPORARY_TOPIC,
+    Destination,
+    parse_composite,
+    parse_destination,
+)
+from pybroker.errors import LimitExceeded, SubscriptionError
 from pybroker.operations import DELETE_QUEUE
 from pybroker.selectors import compile_selector
 
@@ -34,7 +42,7 @@ def subscribe(
     options: ConsumerOptions = PLAIN,
     context: Any = None,
 ) -> Consumer:
-    """Make a consumer of a queue or topic; what is ready is dispatched by `start`.
+    """Make a consumer of a queue, of several (a pattern, or a composite) or of a topic; what is ready is dispatched by `start`.
 
     `durable_name` (with a client id) makes a durable subscription of a topic, or takes up the one that is there.
     Raises SubscriptionError, InvalidSelector, InvalidDestination, LimitExceeded.
@@ -52,14 +60,20 @@ def subscribe(
     prefetch = min(prefetch, limits.prefetch_max)
     selector = options.selector
     matches = compile_selector(selector, limits.selector_bytes_max).matches if selector else None
-    target = parse_destination(destination)
+    if "," in destination or ((target := parse_destination(destination)).kind == QUEUE and target.is_pattern):
+        if durable_name is not None:
+            raise SubscriptionError(
+                f"a durable subscription is for one topic, or a pattern of topics, not {destination}"
+            )
+        patterns = parse_composite(destination)
+        head = Head(connection, patterns, ack_mode, prefetch, limits.prefetch_bytes_max, context, options)
+        core.wildcards.subscribe(head, matches)
+        return head
     if selector and target.kind == TEMPORARY_TOPIC:
         raise SubscriptionError(f"selectors are not for temporary topics: subscribe to {destination} without one")
     if target.kind == QUEUE:
         if durable_name is not None:
             raise SubscriptionError(f"a durable subscription is for a topic; {destination} keeps its messages anyway")
-        if target.is_pattern:
-            raise InvalidDestination(f"{destination} is a pattern: only topics can be subscribed to by pattern")
         queue = core.queue(target)
     elif target.kind in TEMPORARY_KINDS:
         queue = core.temporaries.queue_for(connection, target, durable_name)
@@ -83,8 +97,7 @@ def subscribe(
 
 def start(core: Core, consumer: Consumer) -> None:
     """Let a new consumer take part in the dispatch (apart from `subscribe`, so that the caller can prepare for it)."""
-    consumer.queue.list_consumer(consumer)
-    consumer.queue.dispatch()
+    consumer.start()
 
 
 def _durable_subscription(
@@ -118,6 +131,9 @@ def _durable_subscription(
 
 def unsubscribe(core: Core, consumer: Consumer) -> None:
     """End a consumer: its unacknowledged messages return. A durable subscription goes on collecting."""
+    if isinstance(consumer, Head):
+        core.wildcards.leave(consumer)
+        return
     queue = consumer.queue
     if consumer not in queue.consumers:
         return

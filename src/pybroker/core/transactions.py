@@ -65,14 +65,14 @@ def send_later(core: Core, connection: Connection, message: Message, name: str, 
 def settle_later(core: Core, consumer: Consumer, entries: list[Entry], name: str, done: bool) -> None:
     transaction = _transaction(consumer.connection, name)
     _check_transaction(core, transaction, len(entries), sum(entry.message.size for entry in entries))
-    queue = consumer.queue
     for entry in entries:
-        queue.settle(entry)
+        entry.queue.settle(entry)
         entry.state = SETTLING
         transaction.settled.append((entry, done))
         transaction.size += entry.message.size
-    if queue.available:
-        queue.dispatch()
+    for queue in {entry.queue: None for entry in entries}:
+        if queue.available or queue.members:
+            queue.dispatch()
 
 
 def commit(core: Core, connection: Connection, name: str, once: Once | None = None) -> None:
