@@ -47,14 +47,16 @@ index = st.integers(0, 9)
 class WildcardMachine(RuleBasedStateMachine):
     """`must`: bodies that are there; `may`: those that are there or not."""
 
-    @initialize(window=st.sampled_from((1, 2, 4)), delay=st.sampled_from((0, 0, 0.05)))
-    def first(self, window: int, delay: float) -> None:
-        values = {"redelivery_delay": delay, "redelivery_waiting_max": 2}
+    @initialize(window=st.sampled_from((1, 2, 4)), dead=st.booleans(), delay=st.sampled_from((0, 0, 0.05)))
+    def first(self, window: int, dead: bool, delay: float) -> None:
+        values: dict[str, Any] = {"dead_letter_expired": dead}
+        if delay:
+            values |= {"redelivery_delay": delay, "redelivery_waiting_max": 2}
         self.driver = Driver(
             replace(LIMITS, window_messages_max=window),
             DELIVERY,
             self,  # type: ignore[arg-type]
-            policies=(PolicyEntry("/queue/>", values),) if delay else (),
+            policies=(PolicyEntry("/queue/>", values),) if dead or delay else (),
         )
         self.must: set[bytes] = set()
         self.may: set[bytes] = set()
