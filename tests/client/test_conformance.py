@@ -387,7 +387,9 @@ async def test_iterating(autojump_clock: MockClock, world: World) -> None:
     ("destination", "options", "error"),
     [
         ("nowhere", {}, InvalidDestination),
-        ("/queue/a.*", {}, InvalidDestination),
+        ("/queue/a,/queue/b..c", {}, InvalidDestination),
+        ("/queue/a,/topic/b", {}, SubscriptionError),
+        ("/queue/a.*", {"durable_name": "d"}, SubscriptionError),
         (Q, {"durable_name": "d"}, SubscriptionError),
         ("/topic/t", {"durable_name": "d"}, SubscriptionError),
         (Q, {"prefetch": 0}, SubscriptionError),
