@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from trio.testing import MockClock
 
+from pybroker.connect_options import ConnectOptions
 from pybroker.errors import SubscriptionError
-from tests.client.conftest import World
-from tests.client.support import nothing_comes
+from tests.client.conftest import URL, World
+from tests.client.support import nothing_comes, wires
+from tests.engine.support import Disk, broker_on
 
 
 async def test_a_pattern_of_queues(autojump_clock: MockClock, world: World) -> None:
@@ -60,3 +62,20 @@ async def test_topics_are_refused_in_a_composite(autojump_clock: MockClock, worl
         with pytest.raises(SubscriptionError):
             async with client.subscribe("/queue/a,/topic/b") as messages:
                 await messages.receive()
+
+
+async def test_a_client_that_connects_again_goes_on_with_its_patterns(autojump_clock: MockClock) -> None:
+    async with wires() as net, broker_on(Disk()) as broker:
+        net.serve_broker(URL, broker)
+        async with (
+            net.client(URL, options=ConnectOptions(reconnect_delay=0.01)) as client,
+            client.subscribe("/queue/orders.*,/queue/b") as messages,
+        ):
+            await client.send("/queue/orders.a", b"1")
+            assert (await messages.receive()).body == b"1"
+            net.cut(URL)
+            again = await messages.receive()
+            assert (again.destination, again.redelivered) == ("/queue/orders.a", True)
+            await again.ack()
+            await client.send("/queue/orders.new", b"2")
+            assert (await messages.receive()).destination == "/queue/orders.new"
