@@ -32,10 +32,10 @@ class Broker:
         self.driver.settle()
         check_invariants(self.core)
 
-    def send(self, name: str, *bodies: str, block: bytes = b"", priority: int = 4) -> None:
+    def send(self, name: str, *bodies: str, block: bytes = b"", expires: int = 0) -> None:
         core = self.driver.begin_turn()
         for body in bodies:
-            core.send(Message(f"/queue/{name}", body.encode(), block, True, priority))
+            core.send(Message(f"/queue/{name}", body.encode(), block, True, 4, expires and core.now + expires))
         self.done()
 
     def subscribe(
@@ -352,3 +352,26 @@ def test_what_is_refused() -> None:
     with pytest.raises(InvalidDestination):
         core.subscribe(connection, "/queue/a,", INDIVIDUAL)
     assert not connection.consumers
+
+
+@pytest.mark.parametrize("prefetch", range(1, 7))
+@pytest.mark.parametrize("lasting", [0, 1])
+def test_a_dead_letter_that_takes_the_credit_while_its_queue_is_walked(prefetch: int, lasting: int) -> None:
+    policies = (PolicyEntry("/queue/>", {"dead_letter_expired": True}),)
+    broker = Broker(Limits(window_messages_max=4), policies=policies)
+    broker.subscribe("/queue/a", selector="s = 'none'", prefetch=3)
+    for number in range(3):
+        broker.send("a", f"early {number}", f"early {number} too", expires=50)
+        broker.send("a", *("late",) * lasting)
+    broker.driver.now += 100
+    consumer = broker.subscribe("/queue/a,/queue/DLQ", prefetch=prefetch)
+    broker.send("a", "last")
+    while consumer.unacked:
+        broker.settle(consumer, next(iter(consumer.unacked)))
+    assert sorted(broker.got()) == sorted(
+        [
+            *(f"DLQ:early {number}{more}" for number in range(3) for more in ("", " too")),
+            *("a:late",) * 3 * lasting,
+            "a:last",
+        ]
+    )

@@ -240,7 +240,7 @@ async def test_subscriptions_of_one_connection_share_a_queue(autojump_clock: tri
         ((1, A, "individual", 0, ""), "subscription", "is in use on this connection"),
         ((2, A, "client", 0, ""), "subscription", "is not one of individual, cumulative, auto"),
         ((2, "nowhere", "individual", 0, ""), "destination", "must start with /queue/"),
-        ((2, "/queue/*", "individual", 0, ""), "destination", "pattern"),
+        ((2, "/queue/*,/topic/a", "individual", 0, ""), "subscription", "is for queues, not for a topic"),
         ((2, TOPIC, "individual", 0, "name"), "subscription", "needs a client id"),
         ((2, A, "individual", 0, "name"), "subscription", "is for a topic"),
     ],

@@ -161,7 +161,7 @@ class Member(Consumer):
     @property
     def may_have_more(self) -> bool:
         """Whether something in its queue is ready, for whomever."""
-        return bool(self.queue.window) or self.queue.tail is not None or bool(self.queue.stranded)
+        return bool(self.queue.window) or self.queue.unloaded is not None or bool(self.queue.stranded)
 
     @property
     def credit(self) -> int:
