@@ -25,7 +25,7 @@ from pybroker.core.browsing import BrowseRequest
 from pybroker.core.consumer import Consumer
 from pybroker.core.entry import HELD, SENT, Entry
 from pybroker.core.reads import DueRequest, PageRequest, Whole, read_whole
-from pybroker.core.schedules import ScheduleList, ScheduleLookup, SchedulesRequest
+from pybroker.core.schedules import SCHEDULE_WORK, ScheduleList, ScheduleLookup, SchedulesRequest
 from pybroker.errors import BrokerClosed, BrokerError, BrokerFull, CorruptRecord
 from pybroker.journal import Journal, LocalCommitter
 from pybroker.mending import Fetch, Mender, Pages
@@ -36,8 +36,6 @@ from pybroker.store.committer import Committer
 from pybroker.store.store import Store
 
 log = logging.getLogger("pybroker.engine")
-
-SCHEDULE_WORK = 4  # sending what is due, and moving its schedule on, takes as long as so many messages
 
 
 def wall_clock_ms() -> int:

@@ -17,11 +17,13 @@ STOMP = {
     "composites": CONNECTS[0] + frame("SEND", f"destination:{COMPOSITE}") * 30,
     "subscriptions": CONNECTS[0]
     + b"".join(frame("SUBSCRIBE", f"id:{n}", f"destination:/topic/{n}") for n in range(30)),
+    "schedules": CONNECTS[0] + frame("SEND", "destination:/queue/a", "AMQ_SCHEDULED_DELAY:9999999") * 30,
     "many listeners": CONNECTS[0] + frame("SEND", f"destination:{FANNED_OUT}", "persistent:false") * 30,
 }
 NATIVE = {
     "composites": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, COMPOSITE)]),
     "subscriptions": HELLO + wire.pack(*([wire.SUBSCRIBE, n, n, f"/topic/{n}", "auto", 0, ""] for n in range(1, 31))),
+    "schedules": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, block=b"AMQ_SCHEDULED_DELAY:9999999\n")]),
     "many listeners": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, FANNED_OUT, flags=4)]),
 }
 

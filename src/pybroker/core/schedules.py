@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # when it is due, and its number
 
+SCHEDULE_WORK = 16  # taking one, or sending what is due and moving it on, takes as long as so many messages
 _EXPIRES = b"expires:"
 
 
@@ -180,6 +181,7 @@ class Schedules:
         if terms is None:
             return None
         core = self.core
+        core.work += SCHEDULE_WORK
         core.check_destination(message.destination)
         self._check_room(1)
         if not message.message_id:
