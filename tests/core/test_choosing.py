@@ -64,6 +64,18 @@ def test_what_a_slow_consumer_wants_waits_for_it_while_others_go_on() -> None:
     assert bench.bodies(slow) == numbers(0, 100)[::2]
 
 
+def test_who_is_paused_gets_nothing_though_all_had_come_equally_far_and_another_joins() -> None:
+    bench = Bench()
+    first, second = subscribe(bench, "ward = 1"), subscribe(bench, "ward = 2")
+    send(bench, b"a", ward="1")
+    bench.settle()
+    bench.core.pause(first.connection)
+    third = subscribe(bench, "ward = 1")  # as many may be given something as before
+    send(bench, b"b", ward="1")
+    bench.settle()
+    assert (bench.bodies(first), bench.bodies(second), bench.bodies(third)) == ([b"a"], [], [b"b"])
+
+
 def test_what_was_passed_over_is_not_redelivered_after_a_crash() -> None:
     bench = Bench(window_messages_max=8)
     second = subscribe(bench, "ward = 2")

@@ -140,6 +140,13 @@ class Choosing:
         self._turn += 1
         self._places[consumer] = Place(consumer, self.skipped, self._turn)
 
+    def unlisted(self, consumer: Consumer) -> None:
+        """A consumer may be given nothing for a while."""
+        place = self._places.get(consumer)
+        if place is not None and place in self._idle:
+            self._idle.remove(place)
+            self._pass(place, self._idle_mark)
+
     def leave(self, consumer: Consumer) -> None:
         """A consumer has left; what it holds has not come back yet."""
         self._part()
@@ -359,9 +366,7 @@ class Choosing:
         idle = self._idle
         if not idle or self._late or self._owner is not None or self.queue.routes is not None:
             return False
-        if len(idle) != len(self.queue.available):
-            return False
-        return all(place.consumer.listed for place in idle if place.consumer is not None)
+        return len(idle) == len(self.queue.available)  # they are among these
 
     def _give_new(self) -> bool:
         """As `_sweep` where all are idle; False when they are not any more, and there may be something left."""

@@ -388,6 +388,8 @@ class Queue:
         if consumer.listed:
             consumer.listed = False
             self.available.remove(consumer)
+            if self.choosing is not None:
+                self.choosing.unlisted(consumer)
 
     def _unstrand(self) -> None:
         """There is somebody here for what can't be forwarded any more."""
