@@ -20,10 +20,11 @@ from pybroker.core import retiring as retiring_module
 from pybroker.core import routing as routing_module
 from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
 from pybroker.core.invariants import check_invariants
+from pybroker.destination import TEMPORARY_QUEUE
 from pybroker.message import Message
 from pybroker.settings import make_config
 from tests.core import copies_model
-from tests.core.copies_model import DLQ, DROPPING, FILTERS, RULES, CopiesModel, Copy, Pending, Sent
+from tests.core.copies_model import DLQ, DROPPING, FILTERS, RULES, SECRET, TEMPORARY, CopiesModel, Copy, Pending, Sent
 from tests.core.driver import Driver, observing
 from tests.core.promises import leftovers, stored_messages
 
@@ -48,6 +49,7 @@ FOCUS = (
     ("/queue/a", "/queue/small,/topic/t", DLQ),
     ("/queue/Consumer.x.VirtualTopic.v,/topic/VirtualTopic.v", "/topic/VirtualTopic.v", "/queue/r1,b"),
     (DROPPING, "/queue/drop,a", "/queue/f"),
+    (f"/queue/a,{TEMPORARY}", f"/queue/c,{TEMPORARY}", f"/topic/t,{TEMPORARY},/queue/small"),
 )
 index = st.integers(0, 9)
 SENDING = {
@@ -209,7 +211,7 @@ class CopiesMachine(RuleBasedStateMachine):
             window = self.driver.limits.window_messages_max
             assert len(core.schedules) == self.model.schedules_at_rest(min(window, 3))
         for place, copies in self.model.state.places.items():
-            stored = {order: each.sent.body for order, each in copies.items() if each.sent.durable}
+            stored = {order: each.sent.body for order, each in copies.items() if each.durable}
             assert found.get(place, {}) == stored, place
         for each in core.queues.values():
             assert each.depth == len(self.model.copies(copies_model.place_of(each))), each
@@ -294,10 +296,13 @@ class CopiesMachine(RuleBasedStateMachine):
     def subscribe(self, number: int, place: int, prefetch: int, selector: str) -> None:
         self._subscribe(number, pick(QUEUES, place), prefetch, selector)
 
-    def _subscribe(self, number: int, place: str, prefetch: int, selector: str) -> None:
+    def _subscribe(
+        self, number: int, place: str, prefetch: int, selector: str, connection: Connection | None = None
+    ) -> None:
         core = self.core
+        connection = connection or self.connection(number)
         options = ConsumerOptions(selector=selector)
-        consumer = core.subscribe(self.connection(number), place, INDIVIDUAL, prefetch=prefetch, options=options)
+        consumer = core.subscribe(connection, place, INDIVIDUAL, prefetch=prefetch, options=options)
         if place.startswith("/queue/Consumer."):
             self.model.state.collecting.add(place)
         self.model.members[consumer] = (place, selector, prefetch)
@@ -326,6 +331,17 @@ class CopiesMachine(RuleBasedStateMachine):
         core.start(consumer)
         self.done()
 
+    @rule(number=index, prefetch=st.integers(1, 3), consuming=st.booleans())
+    @precondition(lambda self: self.model.owner is None and TEMPORARY in self.focus[0])
+    def make_a_temporary_queue(self, number: int, prefetch: int, consuming: bool) -> None:
+        """What was sent to it before is gone."""
+        connection = self.connection(number)
+        self.core.temporaries.create(connection, TEMPORARY_QUEUE, SECRET)
+        self.model.owner = connection
+        self.done()
+        if consuming:
+            self._subscribe(self.connections.index(connection), TEMPORARY, prefetch, "", connection)
+
     @rule(number=index)
     @precondition(lambda self: self.model.members)
     def unsubscribe(self, number: int) -> None:
@@ -340,9 +356,7 @@ class CopiesMachine(RuleBasedStateMachine):
     def disconnect(self, number: int) -> None:
         connection = self.connections.pop(number % len(self.connections))
         core = self.core
-        self._give_back(connection)
-        for consumer in [each for each in self.model.members if each.connection is connection]:
-            self.model.leave(consumer)
+        self.model.disconnect(connection)
         core.disconnect(connection)
         self.done()
 
@@ -448,9 +462,7 @@ class CopiesMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         core = self.core
         for connection in self.connections:
-            self._give_back(connection)
-        for consumer in list(self.model.members):
-            self.model.leave(consumer)
+            self.model.disconnect(connection)
         for connection in list(core.connections):
             core.disconnect(connection)
         self.driver.end_turn()

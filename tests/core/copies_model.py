@@ -15,12 +15,16 @@ from dataclasses import dataclass, field, replace
 from pybroker.core.consumer import Connection, Consumer
 from pybroker.core.entry import Entry
 from pybroker.core.queue import Queue
+from pybroker.core.temporary import TemporaryQueue
+from pybroker.destination import TEMPORARY_QUEUE, temporary_destination
 from pybroker.errors import BrokerError
 from pybroker.message import Message, decode_headers
 from pybroker.operations import order_of
 from tests.core.driver import Driver
 
 DLQ = "/queue/DLQ"
+SECRET = "5" * 32
+TEMPORARY = str(temporary_destination(TEMPORARY_QUEUE, SECRET))
 KEY_WINDOW_MS = 3_000
 FILTERS: dict[str, Callable[[bytes], bool]] = {  # selectors, and which header blocks they are for
     "": lambda block: True,
@@ -79,6 +83,7 @@ class Copy:
     expires: int
     order: int
     age: int
+    durable: bool
     holder: Consumer | None = None
     visible: bool = False  # the holder has seen it
     settled: bool = False  # in a transaction
@@ -111,7 +116,7 @@ class State:
                         each, holder=None, visible=False, settled=False, was_out=each.was_out or bool(each.holder)
                     )
                     for order, each in copies.items()
-                    if each.sent.durable
+                    if each.durable
                 }
                 for place, copies in self.places.items()
             },
@@ -137,6 +142,8 @@ def fits(pattern: str, topic: str) -> bool:
 
 
 def place_of(queue: Queue) -> str:
+    if isinstance(queue, TemporaryQueue):
+        return str(queue.destination)
     if queue.kind == "queue":
         return f"/queue/{queue.name}"
     assert queue.kind == "subscription", queue
@@ -148,6 +155,7 @@ class CopiesModel:
         self.driver: Driver  # set by whoever makes both
         self.state = State()
         self.stored = State()
+        self.owner: Connection | None = None  # of the temporary queue, which is there as long as that is
         self.members: dict[Consumer, tuple[str, str, int]] = {}  # place, selector, prefetch
         self.leaving: set[Consumer] = (
             set()
@@ -203,8 +211,9 @@ class CopiesModel:
         """Queues and durable subscriptions that get a copy, with the destination that it has there."""
         found: dict[str, str] = {}
         for name in self.names(sent):
-            if name.startswith("/queue/"):
+            if name.startswith("/queue/") or (name == TEMPORARY and self.owner is not None):
                 found[name] = name
+            if not name.startswith("/topic/"):
                 continue
             topic = name.removeprefix("/topic/")
             for queue in self.state.collecting:
@@ -291,6 +300,16 @@ class CopiesModel:
         del self.members[consumer]
         self.leaving.add(consumer)
 
+    def disconnect(self, connection: Connection) -> None:
+        """The call under way ends a connection."""
+        for _, each, _ in self.pending.pop((connection, "x"), Pending()).settled:
+            self.give_back(each)
+        for consumer in [each for each in self.members if each.connection is connection]:
+            self.leave(consumer)
+        if self.owner is connection:
+            self.owner = None
+            self.state.places.pop(TEMPORARY, None)
+
     def forget(self, place: str, each: Copy) -> None:
         del self.state.places[place][each.order]
 
@@ -308,7 +327,7 @@ class CopiesModel:
         assert job[0] <= self.now, f"{job} is sent too early"
         assert not self.full(sent), f"{job} is sent where there is no room"
         for each in sorted(self.state.schedules):
-            if each < job and each[2].destination == sent.destination:
+            if each < job and (each[2].destination, each[2].durable) == (sent.destination, sent.durable):
                 assert self.nobody_gets(each[2]), f"{job} is sent before {each}"
                 self.state.schedules.remove(each)
         self.state.schedules.remove(job)
@@ -360,7 +379,8 @@ class CopiesModel:
         place = place_of(queue)
         number = int(message.body.partition(b":")[0])
         sent = self.sents[number]
-        assert (message.body, message.priority, message.durable) == (sent.body, sent.priority, sent.durable), message
+        durable = sent.durable and place != TEMPORARY
+        assert (message.body, message.priority, message.durable) == (sent.body, sent.priority, durable), message
         assert self.ids.setdefault(number, message.message_id) == message.message_id, "copies have one id"
         if any(each is sent for *_, each in self.state.schedules):
             self._released(sent)
@@ -370,7 +390,7 @@ class CopiesModel:
             job = message.header_block.removesuffix(sent.block)
             assert re.fullmatch(rb"scheduledJobId:\d+\n" if sent.delay else b"", job), message
             assert message.header_block.endswith(sent.block), message
-            if place.startswith("/queue/"):
+            if place.startswith("/"):
                 assert message.destination == place, message
             else:
                 assert message.destination in self.names(sent), message
@@ -380,7 +400,9 @@ class CopiesModel:
         self.age += 1
         order = order_of(message.priority, queue.next_sequence)
         copies = self.copies(place)
-        copies[order] = Copy(sent, message.destination, message.header_block, message.expires, order, self.age)
+        copies[order] = Copy(
+            sent, message.destination, message.header_block, message.expires, order, self.age, message.durable
+        )
         if place == DROPPING:
             self.state.drops_max = max(self.state.drops_max, len(copies) - MESSAGES_MAX[DROPPING])
             self.spare = 0
@@ -404,7 +426,8 @@ class CopiesModel:
 
     def dispatched(self, queue: Queue, consumer: Consumer, entry: Entry) -> None:
         if consumer in self.leaving:
-            self.copies(place_of(queue))[entry.order].was_out = True
+            if place_of(queue) != TEMPORARY:
+                self.copies(place_of(queue))[entry.order].was_out = True
             return
         place, selector, _ = self.members[consumer]
         each = self.copies(place)[entry.order]
@@ -419,7 +442,7 @@ class CopiesModel:
     def shown(self, consumer: Consumer, entry: Entry) -> None:
         each = self.copies(self.members[consumer][0])[entry.order]
         assert each.holder is consumer, each
-        if each.sent.durable:
+        if each.durable:
             kept = self.stored.places.get(self.members[consumer][0], {})
             assert each.order in kept, f"{each} was shown before its commit"
         each.visible = True
@@ -443,3 +466,4 @@ class CopiesModel:
         self.spare = max(0, len(self.copies(DROPPING)) - MESSAGES_MAX[DROPPING])
         self.members.clear()
         self.pending.clear()
+        self.owner = None
