@@ -375,3 +375,15 @@ def test_a_dead_letter_that_takes_the_credit_while_its_queue_is_walked(prefetch:
             "a:last",
         ]
     )
+
+
+def test_advisories_tell_of_each_queue() -> None:
+    broker = Broker()
+    broker.subscribe("/topic/ActiveMQ.Advisory.Consumer.Queue.>", AUTO, 100)
+    connection = broker.driver.connect()
+    broker.subscribe("/queue/p.*,/queue/a", connection=connection)
+    broker.send("p.new", "1")
+    broker.driver.begin_turn().disconnect(connection)
+    broker.done()
+    told = [entry.message.destination.rpartition("Queue.")[2] for _, entry, _, _ in broker.seen.deliveries]
+    assert sorted(name for name in told if name in ("a", "p.new")) == ["a", "a", "p.new", "p.new"]

@@ -9,9 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
 from pybroker.consumer_options import ConsumerOptions
@@ -22,6 +29,7 @@ from pybroker.destination import matches
 from pybroker.errors import LimitExceeded
 from pybroker.message import Message
 from tests.core.driver import Driver
+from tests.core.test_model import SETTINGS
 
 LIMITS = Limits(
     prefetch_bytes_max=60,
@@ -316,7 +324,16 @@ class WildcardMachine(RuleBasedStateMachine):
         assert set(found) <= self.must | self.may, set(found) - self.must - self.may
 
 
-WildcardMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestWildcards = WildcardMachine.TestCase
+def run(programs: int) -> None:
+    run_state_machine_as_test(
+        WildcardMachine, settings=settings(SETTINGS, max_examples=programs, stateful_step_count=40)
+    )
+
+
+def test_nothing_is_lost_between_several_queues() -> None:
+    run(25)
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_between_several_queues_in_many_programs() -> None:
+    run(600)
