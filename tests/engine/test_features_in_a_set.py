@@ -76,10 +76,11 @@ async def test_what_is_scheduled_is_sent_as_often_as_it_should(autojump_clock: t
             leader = await group.settled()
             async with leader.broker.connect() as client:
                 began = trio.current_time()
-                await client.send(Q, b"once", after(1.0))
-                await client.send("/topic/VirtualTopic.t", b"nobody", after(1.0))
-                await client.send(Q, b"series", after(1.0, period=300, repeat=4))
-                await client.send(Q, b"later", after(20.0))
+                async with client.transaction() as transaction:  # at its commit the delays begin
+                    await transaction.send(Q, b"once", after(1.0))
+                    await transaction.send("/topic/t", b"to nobody", after(1.0))
+                    await transaction.send(Q, b"series", after(1.0, period=300, repeat=4))
+                    await transaction.send(Q, b"later", after(20.0))
                 await client.send(Q, b"long gone", after(0.5))
                 await trio.sleep_until(began + 0.999 + DELAY * 3 * moment / MOMENTS)
             killed_ms = clock_ms()
