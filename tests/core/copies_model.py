@@ -381,9 +381,10 @@ class CopiesModel:
         sent = self.sents[number]
         durable = sent.durable and place != TEMPORARY
         assert (message.body, message.priority, message.durable) == (sent.body, sent.priority, durable), message
-        assert self.ids.setdefault(number, message.message_id) == message.message_id, "copies have one id"
         if any(each is sent for *_, each in self.state.schedules):
             self._released(sent)
+            self.ids.pop(number, None)  # of a sending that a crash took back
+        assert self.ids.setdefault(number, message.message_id) == message.message_id, "copies have one id"
         if self.expected[place, number] > 0:
             self.expected[place, number] -= 1
             assert message.expires == sent.expires, message
