@@ -24,7 +24,7 @@ KINDS = {
     "choosy and failing": Kind(faults=3.0, choosy=True),
     "removals": Kind(faults=2.0, removals=0.5),
 }
-STORIES = 60  # of each kind, in twelve parts
+STORIES = 60 if SOAK_SECONDS else 36  # of each kind, in twelve parts
 
 
 @pytest.mark.slow
