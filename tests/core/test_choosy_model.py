@@ -14,7 +14,7 @@ from tests.core.test_model import CHUNK, SETTINGS, SOAK_SECONDS
 
 @pytest.mark.slow
 def test_everybody_gets_what_he_may_and_nobody_starves() -> None:
-    run_state_machine_as_test(ChoosyMachine, settings=settings(SETTINGS, max_examples=400))
+    run_state_machine_as_test(ChoosyMachine, settings=settings(SETTINGS, max_examples=200))
 
 
 @pytest.mark.soak

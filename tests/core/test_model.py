@@ -18,7 +18,7 @@ from tests.core.machine import CoreMachine
 SOAK_SECONDS = float(os.environ.get("PYBROKER_SOAK", "0"))
 CHUNK = 300  # programs of one run of Hypothesis, which remembers them all
 SETTINGS = settings(
-    max_examples=1_000,
+    max_examples=500,
     stateful_step_count=60,
     deadline=None,
     derandomize=bool(os.environ.get("CI")),

@@ -20,7 +20,7 @@ from tests.ensemble.figures import note, note_gaps
 from tests.ensemble.trial import trial
 from tests.support.zookeeper import ensemble
 
-ROUND = 50.0  # seconds of faults; start and account come on top
+ROUND = 30.0  # seconds of faults; start and account come on top
 SOAK_DEFAULT = 600.0
 SEED = int(os.environ.get("PYBROKER_SOAK_SEED", str(random.randrange(1 << 32))))
 SESSION = 2.0  # seconds; faults last longer, and shorter
