@@ -13,8 +13,8 @@ from pybroker.connect_options import ConnectOptions
 from pybroker.errors import SendInDoubt, TransactionError, UnknownDelivery
 from pybroker.remote_client import RemoteClient
 from tests.client.support import Wires, wires
+from tests.engine.sets import Brokers, Embedded, brokers
 from tests.engine.support import close_without_thread
-from tests.engine.test_in_a_set import Brokers, Embedded, brokers
 
 Q, OTHER = "/queue/q", "/queue/other"
 URLS = {name: f"pybroker://{name}:1" for name in "abc"}

@@ -10,8 +10,8 @@ import trio
 
 from pybroker.broker import open_broker
 from tests.cluster.replicas import until
+from tests.engine.sets import brokers
 from tests.engine.support import Disk, broker_on, check, check_empty, close_without_thread, drain, engine_of
-from tests.engine.test_in_a_set import brokers
 from tests.native.peer import ACK, BYE, COMMIT, PRODUCER, SEND, SUBSCRIBE, connected, row, rows
 
 A, B = "/queue/a", "/queue/b"

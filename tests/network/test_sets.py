@@ -26,8 +26,8 @@ from pybroker.network_membership import Membership
 from pybroker.replicated import Replicated
 from tests.cluster.members import CONFIG
 from tests.cluster.replicas import until
+from tests.engine.sets import Brokers, Embedded
 from tests.engine.support import close_without_thread
-from tests.engine.test_in_a_set import Brokers, Embedded
 from tests.network.brokers import DISCOVERY, Randomness, url
 from tests.network.wires import Wire
 
