@@ -103,7 +103,8 @@ class DeliveryPolicy:
     durable_default: bool = True  # whether a STOMP SEND without a `persistent` header is durable
     cron_timezone: str = "UTC"  # the time zone of cron expressions, for example "Europe/Berlin"
     clock_check_interval: float = 1.0  # seconds after which a changed wall clock is noticed, at the latest
-    expiry_interval: float = 1.0  # seconds between two sweeps for messages that have expired
+    expiry_interval: float = 1.0  # seconds between two sweeps for messages that have expired, and for idle queues
+    idle_looks_max: int = 1_000  # queues of which one sweep looks whether they are idle
 
 
 @dataclass(frozen=True, slots=True)

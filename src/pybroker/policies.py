@@ -132,6 +132,12 @@ class DestinationPolicy:
         choices=(DISCONNECT, DROP_OLDEST, DROP_LOWEST_PRIORITY, BLOCK),
     )
     dead_letter_transient: bool = value(True, "yes or no", "whether a dead letter that is not durable is kept")
+    idle_after: float = value(
+        0.0,
+        "seconds",
+        "a queue that is empty, and that nobody used for so long, is removed; 0 = never",
+        high=31_536_000,
+    )
     recovery_messages: int = value(
         0,
         "messages",

@@ -38,6 +38,7 @@ from pybroker.core.advisories import Advisories, announce_client, is_advisory
 from pybroker.core.consumer import AUTO, CUMULATIVE, Connection, Consumer
 from pybroker.core.entry import ENTRY_BYTES, SENT, Entry
 from pybroker.core.expiries import Expiries
+from pybroker.core.idle import Idle
 from pybroker.core.kinds import DELETED, QUEUE, SUBSCRIPTION
 from pybroker.core.links import Links
 from pybroker.core.message_keys import MARK, MessageKeys
@@ -164,6 +165,7 @@ class Core:
             self._restore(record)
         self.links.restore(peers)
         self.schedules = Schedules(self, scheduling, zone)
+        self.idle = Idle(self)
 
     def _restore(self, record: QueueRecord) -> None:
         queue = Queue(self, record)

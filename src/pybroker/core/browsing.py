@@ -307,7 +307,10 @@ def _move(core: Core, request: BrowseRequest, order: int, place: Place, message:
             return True
         copy, put = found
     elif moving.target is not None:
-        copy, put = message.moved_to(f"/queue/{moving.target.name}", expires=message.expires), moving.target.accept
+        copy, put = (
+            message.moved_to(f"/queue/{moving.target.name}", expires=message.expires),
+            _present(core, moving.target).accept,
+        )
     if copy is not None:
         refused = core.full(copy, sent=False)
         if refused is not None:
@@ -322,6 +325,12 @@ def _move(core: Core, request: BrowseRequest, order: int, place: Place, message:
     if copy is not None and put is not None:
         put(copy)
     return True
+
+
+def _present(core: Core, target: Queue) -> Queue:
+    """The queue of that name as it is now: it may have been removed as idle while the page was read."""
+    found = core.by_destination.get(str(target.destination))
+    return core.add_named_queue(target.destination) if found is None else found
 
 
 def _remove_ready(core: Core, queue: Queue, order: int, place: Place) -> bool:

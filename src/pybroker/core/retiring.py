@@ -100,10 +100,11 @@ def expire_held(core: Core, entries: list[Entry]) -> None:
 
 
 def sweep(core: Core) -> None:
-    """Remove what has expired by `now`, and what is too old of producers; what the store's index knows is asked for."""
+    """Remove what has expired by `now`, what is too old of producers, and idle queues; what the index knows is asked for."""
     core.producers.sweep()
     core.message_keys.sweep()
     core.redeliveries.release_due()  # as the clock may have been set
+    core.idle.sweep()
     for entry in core.expiries.due(core.now):
         _expire_ready(core, entry.queue, entry.order)
     if core.due_removed is None:

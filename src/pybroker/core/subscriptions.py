@@ -137,6 +137,7 @@ def unsubscribe(core: Core, consumer: Consumer) -> None:
     queue = consumer.queue
     if consumer not in queue.consumers:
         return
+    core.idle.used(queue)
     queue.unlist_consumer(consumer)
     del queue.consumers[consumer]
     if queue.choosing is not None:
