@@ -248,6 +248,7 @@ class IdleMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def acknowledge(self, name: str) -> None:
+        self.one.settle()  # what is out has been shown
         if (consumer := self.consumers.get(name)) is not None:
             for entry in list(consumer.unacked.values()):
                 self.waiting[name].remove(entry.message.body)

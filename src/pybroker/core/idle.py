@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 
 
 class Idle:
-    """What is known of unused queues.
-
-    removed  queues that were removed
-    """
+    """What is known of unused queues."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._on = any(core.policies.all_of("idle_after"))
         self._since: dict[int, tuple[int, int]] = {}  # by id: unused since (ms), and what it had taken in by then
         self._next: list[int] = []  # ids of queues that this round has still to look at
-        self.removed = 0
 
     def used(self, queue: Queue) -> None:
         """Somebody had a use for it just now."""
@@ -82,7 +78,7 @@ class Idle:
     def _remove(self, queue: Queue) -> None:
         core = self._core
         self.used(queue)
-        self.removed += 1
+
         del core.by_destination[f"/queue/{queue.name}"]
         core.expiring.discard(queue.queue_id)
         for peer in core.links.peers.values():
