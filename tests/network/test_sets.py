@@ -87,7 +87,7 @@ class Networked(Embedded):
 
 class NetworkedBrokers(Brokers):
     def __init__(self, nursery: trio.Nursery, discovery: bool) -> None:
-        super().__init__(nursery)
+        super().__init__(nursery, {})
         self.discovery = discovery
         self.segment = Segment()
         self.wires: list[Wire] = []
