@@ -33,7 +33,6 @@ every_version = pytest.mark.parametrize("version", VERSIONS)
         ("/queue/", "empty name"),
         ("/topic/", "empty name"),
         ("/queue/a..b", "empty part"),
-        ("/queue/*", "pattern"),
     ],
 )
 def test_destinations_that_are_refused(broker: ServedBroker, version: str, destination: str, words: str):
