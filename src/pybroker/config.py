@@ -68,7 +68,7 @@ class Limits:
     schedules_max: int = 10_000_000  # messages that are to be sent later
     schedule_period_min: float = 0.0  # seconds between two sendings of one of these; a shorter period is refused
     message_keys_max: int = 100_000  # keys of sends that are remembered; the oldest go first
-    composite_destinations_max: int = 64  # destinations that one send may name, divided by commas
+    composite_destinations_max: int = 64  # destinations that one send or subscription may name, divided by commas
     backlog_messages_max: int = 100_000  # messages that wait for one non-durable topic subscriber
     advisories_per_second: int = (
         100  # advisories on one topic; those beyond are counted, and the next one says how many

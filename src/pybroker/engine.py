@@ -137,6 +137,12 @@ class Engine:
         self.core.work = 0
         return self.core
 
+    async def next_turn(self) -> Core:
+        """End a turn that has taken enough, let others have theirs, and begin another. Raises what ended the engine."""
+        self.end_turn()
+        await trio.lowlevel.checkpoint()
+        return self.begin_turn()
+
     def end_turn(self) -> None:
         """Hand on what the core emitted since the last turn."""
         core = self.core

@@ -227,11 +227,9 @@ class NativeConnection:
                     self._set_prefetch(core, event)
                 elif isinstance(event, Subscribe | Browse):
                     if event.selector if isinstance(event, Browse) else event.options:
-                        engine.end_turn()  # reading a selector takes as long as many messages
-                        await trio.lowlevel.checkpoint()
+                        core = await engine.next_turn()  # reading a selector takes as long as many messages
                         if self._ended:
                             return False
-                        core = engine.begin_turn()
                     if isinstance(event, Browse):
                         self._browse(core, event)
                     else:
@@ -247,11 +245,9 @@ class NativeConnection:
                 else:
                     last = event  # nothing comes behind it (or not before it is answered)
                 if core.work > work_max:
-                    engine.end_turn()
-                    await trio.lowlevel.checkpoint()
+                    core = await engine.next_turn()
                     if self._ended:
                         return False
-                    core = engine.begin_turn()
             if isinstance(last, Violation):
                 raise last.error
         except BrokerError as error:

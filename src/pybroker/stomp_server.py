@@ -245,11 +245,10 @@ class StompConnection:
                         await self._wait_taken(event)  # type: ignore[arg-type]
                         core = engine.begin_turn()
                     elif kind is Subscribe and event.options.selector:  # type: ignore[attr-defined]
-                        engine.end_turn()  # reading a selector takes as long as many messages
-                        await trio.lowlevel.checkpoint()
+                        core = await engine.next_turn()  # reading a selector takes as long as many messages
                         if self._ended:
                             return False
-                        core = engine.begin_turn()
+                        crowded = core.crowded
                     self._command(core, event)
                 if kind is Disconnect:
                     self._end_after(self._session.receipt_frame(receipt) if receipt is not None else b"")
@@ -258,11 +257,10 @@ class StompConnection:
                     core.confirm((self, receipt))
                     receipt = None
                 if core.work > work_max:
-                    engine.end_turn()
-                    await trio.lowlevel.checkpoint()
+                    core = await engine.next_turn()
                     if self._ended:
                         return False
-                    core = engine.begin_turn()
+                    crowded = core.crowded  # others may have filled the broker meanwhile
         except BrokerError as error:
             self._end_with(error, receipt)
             return False

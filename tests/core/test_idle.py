@@ -200,7 +200,7 @@ def test_a_move_under_way_finds_its_target_again():
     assert one.bodies(consumer) == [b"a"]
 
 
-def test_a_queue_that_groups_or_selectors_had_goes_too():
+def test_a_queue_that_had_a_selective_consumer_goes_too():
     one = bench()
     one.leave(one.subscribe(Q, options=ConsumerOptions(selector="ward = 'icu'")))
     sweep(one)

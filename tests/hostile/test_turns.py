@@ -59,3 +59,15 @@ def test_a_turn_has_an_end(what: str, native: bool):
             assert max(work) <= TURN_MAX + 2 * 20, "a turn ends with what fills it"
 
     on_virtual_time(action)
+
+
+def test_a_broker_that_fills_between_two_turns_takes_no_more_from_one_read():
+    async def action() -> None:
+        limits = {"turn_messages_max": TURN_MAX, "store_bytes_max": 2_000, "full_policy": "refuse"}
+        async with arena(limits=limits) as it:
+            queues = ",".join(f"/queue/{number}" for number in range(20))
+            sends = frame("SEND", f"destination:{queues}", "persistent:true", body=b"x" * 50) * 30
+            await it.attack([CONNECTS[0] + sends])
+            assert 2_000 < it.core.stored_bytes < 5_000
+
+    on_virtual_time(action)

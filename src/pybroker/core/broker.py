@@ -118,9 +118,8 @@ class Core:
         self.held: list[Any] = []
         self.instant: list[Entry] = []
         self.closing: list[tuple[Consumer, BrokerError]] = []
-        self.work = (
-            0  # what this turn has taken beyond one for each message or request, in messages; reset by the caller
-        )
+        # what this turn has taken beyond one for each message or request, in messages; reset by the caller
+        self.work = 0
         self.freed = False  # room was made since the caller last looked
         self.memory_bytes = 0  # messages and entries in memory
         self.stored_bytes = 0  # messages in the store
@@ -442,7 +441,7 @@ class Core:
             self.settle_later(consumer, self.up_to(consumer, entry), transaction, True)
             return
         if consumer.members is not None:
-            wildcard.acknowledge(self.up_to(consumer, entry))
+            settling.acknowledge_each(self.up_to(consumer, entry))
             return
         queue = entry.queue
         if consumer.ack_mode == CUMULATIVE:
@@ -475,17 +474,7 @@ class Core:
 
     def taken(self, entries: list[Entry]) -> None:
         """The transport took deliveries of AUTO consumers: they are acknowledged."""
-        queues: dict[Queue, None] = {}
-        for entry in entries:
-            if entry.state == SENT:
-                queue = entry.queue
-                queue.settle(entry)
-                queue.remove(entry)
-                queue.counts.acknowledged += 1
-                queues[queue] = None
-        for queue in queues:
-            if queue.available or queue.members:
-                queue.dispatch()
+        settling.acknowledge_each([entry for entry in entries if entry.state == SENT])
 
     # ---- transactions: see transactions.py
 

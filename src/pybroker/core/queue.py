@@ -120,9 +120,7 @@ class Queue:
         self.removals: Removals | None = None  # what goes while somebody moves messages
         self.outstanding: dict[int, Entry] = {}
         self.consumers: dict[Consumer, None] = {}  # in the order in which they subscribed
-        self.members: tuple[
-            Member, ...
-        ] = ()  # those of `consumers` whose credit is that of a consumer of several queues
+        self.members: tuple[Member, ...] = ()  # those of `consumers` that are parts of a consumer of several queues
         self.choosing: Choosing | None = None  # while not every consumer may take every message
         self.available: deque[Consumer] = deque()  # consumers that may be given something, next one first
         # orders of stored messages that could not be read; behind UNREAD_MAX they are only counted
@@ -493,7 +491,7 @@ class Queue:
     page_loaded = loading.page_loaded
     empty = loading.empty
 
-    # ----
+    # ---- its lower bound
 
     def head_at_least(self, start: int) -> None:
         """Raise the lower bound: nothing stored stands below `start`, the window, outstanding and unread ones apart."""

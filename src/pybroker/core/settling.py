@@ -13,9 +13,24 @@ from pybroker.errors import TransactionError, UnknownDelivery
 
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
+    from pybroker.core.queue import Queue
 
 Ranges = Sequence[tuple[int, int]]  # of delivery tags: first, last, both included, rising
 Settlements = Iterable[tuple[Consumer, Ranges]]
+
+
+def acknowledge_each(entries: Iterable[Entry]) -> None:
+    """Consumers are done with these deliveries, which may be of several queues."""
+    queues: dict[Queue, None] = {}
+    for entry in entries:
+        queue = entry.queue
+        queue.settle(entry)
+        queue.remove(entry)
+        queue.counts.acknowledged += 1
+        queues[queue] = None
+    for queue in queues:
+        if queue.available or queue.members:
+            queue.dispatch()
 
 
 def acknowledge_ranges(core: Core, consumer: Consumer, ranges: Ranges) -> None:
@@ -28,7 +43,7 @@ def acknowledge_ranges(core: Core, consumer: Consumer, ranges: Ranges) -> None:
         return
     if consumer.members is not None:
         entries, unknown_tag = _find(consumer, ranges)
-        wildcard.acknowledge(entries)
+        acknowledge_each(entries)
         if unknown_tag is not None:
             raise _unknown(unknown_tag)
         return

@@ -292,19 +292,6 @@ def share(queue: Queue) -> None:
         member.head.wait(member)
 
 
-def acknowledge(entries: Iterable[Entry]) -> None:
-    """A head is done with these deliveries."""
-    queues: dict[Queue, None] = {}
-    for entry in entries:
-        queue = entry.queue
-        queue.settle(entry)
-        queue.remove(entry)
-        queue.counts.acknowledged += 1
-        queues[queue] = None
-    for queue in queues:
-        queue.dispatch()
-
-
 def reject(head: Consumer, entries: Iterable[Entry]) -> None:
     """A head can't use these deliveries."""
     assert isinstance(head, Head)
