@@ -64,6 +64,9 @@ class Limits:
     disk_free_bytes_min: int = 64 * 1024 * 1024  # with less room than this on the store's disk producers wait
     queue_messages_max: int = 0  # messages in one queue; 0 = no limit
     selector_bytes_max: int = 2_048  # one selector
+    wildcard_queues_max: int = (
+        100_000  # queues that the consumers of several queues of one connection may have, together
+    )
     destinations_max: int = 100_000  # queues and durable subscriptions together
     schedules_max: int = 10_000_000  # messages that are to be sent later
     schedule_period_min: float = 0.0  # seconds between two sendings of one of these; a shorter period is refused

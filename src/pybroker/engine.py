@@ -151,7 +151,7 @@ class Engine:
         if core.closing:
             closing, core.closing = core.closing, []
             for overrun, error in closing:
-                if overrun in overrun.queue.consumers:  # it may have left in this turn, or be here twice
+                if overrun in overrun.connection.consumers:  # it may have left in this turn, or be here twice
                     core.unsubscribe(overrun)
                     overrun.sink.fail_consumer(overrun, error)
         if core.instant:

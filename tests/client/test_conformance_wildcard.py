@@ -6,7 +6,7 @@ import pytest
 from trio.testing import MockClock
 
 from pybroker.connect_options import ConnectOptions
-from pybroker.errors import SubscriptionError
+from pybroker.errors import LimitExceeded, SubscriptionError
 from tests.client.conftest import URL, World
 from tests.client.support import nothing_comes, wires
 from tests.engine.support import Disk, broker_on
@@ -55,6 +55,21 @@ async def test_a_transaction_over_several_queues(autojump_clock: MockClock, worl
             assert (await messages.receive()).destination == "/queue/done"
         async with client.subscribe("/queue/a,b") as messages:
             assert await nothing_comes(messages)
+
+
+async def test_one_that_would_miss_a_queue_is_ended_and_told(autojump_clock: MockClock, world: World) -> None:
+    if world.kind == "stomp":
+        pytest.skip("its connection ends whole")
+    await world.start(limits={"wildcard_queues_max": 1})
+    async with world.client() as client:
+        await client.send("/queue/orders.a", b"1")
+        async with client.subscribe("/queue/orders.*") as messages:
+            await (await messages.receive()).ack()
+            await client.send("/queue/orders.b", b"2")
+            with pytest.raises(LimitExceeded, match="wildcard_queues_max"):
+                await messages.receive()
+        async with client.subscribe("/queue/orders.b") as messages:
+            assert (await messages.receive()).body == b"2"
 
 
 async def test_topics_are_refused_in_a_composite(autojump_clock: MockClock, world: World) -> None:

@@ -199,7 +199,7 @@ class Driver:
         core = self.core
         closing, core.closing = core.closing, []
         for overrun, error in closing:
-            if overrun in overrun.queue.consumers:
+            if overrun in overrun.connection.consumers:
                 self.observer.closing(overrun, error)
                 core.unsubscribe(overrun)
         if core.operations or core.dirty:

@@ -8,7 +8,7 @@ import pytest
 
 from pybroker.config import DeliveryPolicy, Limits, PolicyEntry
 from pybroker.consumer_options import ConsumerOptions
-from pybroker.core.consumer import AUTO, CUMULATIVE, INDIVIDUAL, Connection, Consumer
+from pybroker.core.consumer import AUTO, CUMULATIVE, INDIVIDUAL, JOIN_WORK, Connection, Consumer
 from pybroker.core.invariants import check_invariants
 from pybroker.errors import InvalidDestination, LimitExceeded, SubscriptionError, UnknownDelivery
 from pybroker.message import Message
@@ -340,6 +340,41 @@ def test_a_pattern_counts_once_and_a_composite_has_a_limit() -> None:
     with pytest.raises(LimitExceeded, match="destinations_max"):
         broker.subscribe("/queue/d,e")
     assert "/queue/d" not in broker.core.by_destination
+
+
+def test_all_queues_of_the_patterns_of_a_connection_have_a_limit() -> None:
+    """A consumer that would miss a queue made later is ended, and told so; what it holds comes back."""
+    broker = Broker(Limits(wildcard_queues_max=3))
+    for name in ("q.1", "q.2"):
+        broker.send(name, name)
+    connection = broker.driver.connect()
+    consumer = broker.subscribe("/queue/q.*", connection=connection)
+    with pytest.raises(LimitExceeded, match=r"wildcard_queues_max is 3"):
+        broker.subscribe("/queue/q.1,other", connection=connection)
+    assert "/queue/other" not in broker.core.by_destination
+    broker.send("q.3", "q.3")
+    assert len(consumer.unacked) == connection.members == 3
+    broker.subscribe("/queue/q.1")  # another connection has room of its own
+    broker.send("q.4", "q.4")
+    (closed,) = broker.seen.closed
+    assert closed[0] is consumer
+    assert "wildcard_queues_max" in str(closed[1])
+    assert not connection.members
+    after = broker.subscribe("/queue/q.2,q.3,q.4", connection=connection)
+    assert sorted(entry.message.body for entry in after.unacked.values()) == [b"q.2", b"q.3", b"q.4"]
+
+
+def test_each_queue_of_a_pattern_counts_in_a_turn() -> None:
+    broker = Broker()
+    for number in range(10):
+        broker.send(f"q.{number}", "x")
+    core = broker.driver.begin_turn()
+    core.work = 0
+    consumer = core.subscribe(broker.driver.connect(), "/queue/>", INDIVIDUAL)
+    assert core.work >= 10 * JOIN_WORK
+    core.work = 0
+    core.unsubscribe(consumer)
+    assert core.work >= 10 * JOIN_WORK
 
 
 def test_what_is_refused() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 AUTO = "auto"  # acknowledged when the transport has taken it
 CUMULATIVE = "cumulative"  # an acknowledgement is for all deliveries up to it
 INDIVIDUAL = "individual"  # each on its own
+JOIN_WORK = 16  # coming and leaving of a consumer of one queue take as long as so many messages
 ACK_MODES = (AUTO, CUMULATIVE, INDIVIDUAL)
 
 
@@ -28,6 +29,7 @@ class Connection:
         "client_id",
         "closed",
         "consumers",
+        "members",
         "name",
         "paused",
         "produced",
@@ -40,6 +42,7 @@ class Connection:
         self.sink = sink
         self.client_id = client_id
         self.consumers: dict[Consumer, None] = {}  # in order, so that the core is deterministic
+        self.members = 0  # queues that those of its consumers have that have several, together
         self.transactions: dict[str, Transaction] = {}
         self.temporaries: dict[str, TemporaryQueue] = {}  # its temporary destinations
         self.name = ""  # in advisories; "" while its client was not let in

@@ -40,6 +40,7 @@ def check_invariants(core: Core) -> None:
             assert transaction.size == size, (transaction.size, size)
             for entry, _ in transaction.settled:
                 assert entry.state == SETTLING, entry
+        assert connection.members == sum(len(each.members or ()) for each in connection.consumers), connection
         for consumer in connection.consumers:
             if isinstance(consumer, Head):
                 _check_head(consumer)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pybroker.consumer_options import PLAIN, ConsumerOptions
 from pybroker.core.choosing import joined
-from pybroker.core.consumer import ACK_MODES, AUTO, Connection, Consumer
+from pybroker.core.consumer import ACK_MODES, AUTO, JOIN_WORK, Connection, Consumer
 from pybroker.core.kinds import BACKLOG, CONSUMED, DELETED, SUBSCRIPTION
 from pybroker.core.queue import Queue
 from pybroker.core.retiring import drop_queue
@@ -27,8 +27,6 @@ from pybroker.selectors import compile_selector
 if TYPE_CHECKING:
     from pybroker.core.broker import Core
 
-SUBSCRIBE_WORK = 16  # coming and leaving of a consumer take as long as so many messages
-
 
 def subscribe(
     core: Core,
@@ -48,7 +46,7 @@ def subscribe(
     Raises SubscriptionError, InvalidSelector, InvalidDestination, LimitExceeded.
     """
     limits = core.limits
-    core.work += SUBSCRIBE_WORK
+    core.work += JOIN_WORK
     if len(connection.consumers) >= limits.subscriptions_max:
         raise LimitExceeded("limits.subscriptions_max", limits.subscriptions_max, "too many subscriptions")
     if ack_mode not in ACK_MODES:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pybroker.consumer_options import ConsumerOptions
 from pybroker.core.choosing import joined
-from pybroker.core.consumer import Connection, Consumer
+from pybroker.core.consumer import JOIN_WORK, Connection, Consumer
 from pybroker.core.kinds import QUEUE
 from pybroker.destination import Destination, matches
 from pybroker.errors import LimitExceeded, SubscriptionError
@@ -223,22 +223,40 @@ class Wildcards:
         limit = core.limits.composite_destinations_max
         if len(head.patterns) > limit:
             raise LimitExceeded("limits.composite_destinations_max", limit, "too many destinations in a composite")
-        core.routing.make_queues([str(each) for each in head.patterns if not each.is_pattern])
+        named = [str(each) for each in head.patterns if not each.is_pattern]
+        wanted = [text for text, queue in core.by_destination.items() if self._wants(head, queue)]
+        if head.connection.members + len({*named, *wanted}) > core.limits.wildcard_queues_max:
+            raise self._too_many()
+        core.routing.make_queues(named)
         head.matches = matches
         head.connection.consumers[head] = None
         self._heads[head] = None
-        for queue in list(core.by_destination.values()):
-            self._join(head, queue)
+        for text in dict.fromkeys((*wanted, *named)):
+            self._join(head, core.by_destination[text])
 
     def added(self, queue: Queue) -> None:
         """There is a new queue, with nothing in it."""
         for head in self._heads:
-            self._join(head, queue)
+            if not self._wants(head, queue):
+                continue
+            if head.connection.members < self._core.limits.wildcard_queues_max:
+                self._join(head, queue)
+            else:  # it must not believe that it has all
+                self._core.closing.append((head, self._too_many()))
+
+    def _too_many(self) -> LimitExceeded:
+        limit = self._core.limits.wildcard_queues_max
+        return LimitExceeded(
+            "limits.wildcard_queues_max", limit, "consumers of several queues have too many on one connection"
+        )
+
+    def _wants(self, head: Head, queue: Queue) -> bool:
+        return queue.kind == QUEUE and any(self._consumes(pattern, queue) for pattern in head.patterns)
 
     def _join(self, head: Head, queue: Queue) -> None:
-        if queue.kind != QUEUE or not any(self._consumes(pattern, queue) for pattern in head.patterns):
-            return
         core = self._core
+        core.work += JOIN_WORK
+        head.connection.members += 1
         member = head.members[queue] = Member(head, queue, head.matches)
         queue.consumers[member] = None
         queue.members = (*queue.members, member)
@@ -272,6 +290,8 @@ class Wildcards:
             returning[entry.queue].append(entry)
         head.unacked.clear()
         members, head.members = head.members, {}
+        head.connection.members -= len(members)
+        core.work += JOIN_WORK * len(members)
         head.waiting.clear()
         for queue, member in members.items():
             del queue.consumers[member]
