@@ -5,7 +5,6 @@ A run has few destinations to send to, so that what meets there meets often.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -14,9 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pybroker.config import DeliveryPolicy, Limits
 from pybroker.consumer_options import ConsumerOptions
-from pybroker.core import broker as broker_module
-from pybroker.core import queue as queue_module
-from pybroker.core import retiring as retiring_module
 from pybroker.core import routing as routing_module
 from pybroker.core.consumer import INDIVIDUAL, Connection, Consumer
 from pybroker.core.invariants import check_invariants
@@ -25,7 +21,8 @@ from pybroker.message import Message
 from pybroker.settings import make_config
 from tests.core import copies_model
 from tests.core.copies_model import DLQ, DROPPING, FILTERS, RULES, SECRET, TEMPORARY, CopiesModel, Copy, Pending, Sent
-from tests.core.driver import Driver, observing
+from tests.core.driver import Driver
+from tests.core.machine import watched_closely
 from tests.core.promises import leftovers, stored_messages
 
 QUEUES = (
@@ -98,13 +95,7 @@ class CopiesMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = ExitStack()
-        for each in observing():
-            self.patches.enter_context(each)
-        # What happens once in thousands of messages must happen here, too.
-        self.patches.enter_context(patch.object(queue_module, "HEAD_EVERY", 2))
-        self.patches.enter_context(patch.object(retiring_module, "DUE_ROWS_MAX", 2))
-        self.patches.enter_context(patch.object(broker_module, "ROUTES_MAX", 2))
+        self.patches = watched_closely()
         self.patches.enter_context(patch.object(routing_module, "PLACES_MAX", 3))
         self.model = CopiesModel()
         self.connections: list[Connection] = []

@@ -20,6 +20,7 @@ from pybroker.destination import TEMPORARY_QUEUE, temporary_destination
 from pybroker.errors import BrokerError
 from pybroker.message import Message, decode_headers
 from pybroker.operations import order_of
+from tests.core import model
 from tests.core.driver import Driver
 
 DLQ = "/queue/DLQ"
@@ -59,16 +60,9 @@ EXPIRED_ARE_DEAD_LETTERS = ("/queue/a", "/queue/drop", "/queue/Consumer.y.Virtua
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A message as its producer gave it."""
+class Sent(model.Sent):
+    """A message as its producer gave it, with what its headers ask for."""
 
-    number: int
-    destination: str
-    body: bytes
-    block: bytes
-    durable: bool
-    priority: int
-    expires: int
     key: str
     delay: int = 0  # milliseconds for which it is scheduled
 

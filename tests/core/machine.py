@@ -54,6 +54,18 @@ def pick(items: Any, number: int) -> Any:
     return listed[number % len(listed)]
 
 
+def watched_closely() -> ExitStack:
+    """Patches that are in force until they are closed: queues are observed, and what is rare in a core is common."""
+    patches = ExitStack()
+    for each in observing():
+        patches.enter_context(each)
+    # What happens once in thousands of messages must happen here, too.
+    patches.enter_context(patch.object(queue_module, "HEAD_EVERY", 2))
+    patches.enter_context(patch.object(retiring_module, "DUE_ROWS_MAX", 2))
+    patches.enter_context(patch.object(broker_module, "ROUTES_MAX", 2))
+    return patches
+
+
 class CoreMachine(RuleBasedStateMachine):
     """See the first lines of the file; the promises are checked in `Model`, `_check` and `teardown`."""
 
@@ -61,13 +73,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = ExitStack()
-        for each in observing():
-            self.patches.enter_context(each)
-        # What happens once in thousands of messages must happen here, too.
-        self.patches.enter_context(patch.object(queue_module, "HEAD_EVERY", 2))
-        self.patches.enter_context(patch.object(retiring_module, "DUE_ROWS_MAX", 2))
-        self.patches.enter_context(patch.object(broker_module, "ROUTES_MAX", 2))
+        self.patches = watched_closely()
         self.model = Model(DELIVERY.deliveries_max, LIMITS.prefetch_bytes_max)
         self.driver: Driver  # made by `first`
         self.connections: list[Connection] = []
