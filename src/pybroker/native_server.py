@@ -58,6 +58,7 @@ log = logging.getLogger("pybroker.native")
 AUTO = "auto"  # the broker sees it as INDIVIDUAL: the client acknowledges what it hands out
 ACK_MODES = {"individual": INDIVIDUAL, "cumulative": CUMULATIVE, AUTO: INDIVIDUAL}
 SILENT_INTERVALS = 3.0  # intervals of its own heart-beats for which a client may be silent
+REQUEST_WORK = 4  # a request, refused or not, takes as long as so many messages
 # The tags of a connection begin at a random multiple of this, so that those of a lost connection mean nothing on the next one.
 TAGS_PER_CONNECTION = 2**32
 
@@ -367,6 +368,7 @@ class NativeConnection:
 
     def _answer(self, core: Core, request: int, action: Callable[[Core, Any], Any], event: Any) -> None:
         """Do what a request asks for; its answer comes when that is committed, or at once when it fails."""
+        core.work += REQUEST_WORK
         try:
             token = action(core, event)
         except BrokerError as error:

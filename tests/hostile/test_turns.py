@@ -24,12 +24,16 @@ NATIVE = {
     "composites": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, COMPOSITE)]),
     "subscriptions": HELLO + wire.pack(*([wire.SUBSCRIBE, n, n, f"/topic/{n}", "auto", 0, ""] for n in range(1, 31))),
     "schedules": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, block=b"AMQ_SCHEDULED_DELAY:9999999\n")]),
+    "refused requests": HELLO + wire.pack(*([wire.SUBSCRIBE, n, 1, "/topic/1", "auto", 0, ""] for n in range(1, 201))),
     "many listeners": HELLO + wire.pack([wire.SEND, 1, wire.rows(30, FANNED_OUT, flags=4)]),
 }
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["stomp", "native"])
-@pytest.mark.parametrize("what", STOMP)
+@pytest.mark.parametrize(
+    ("what", "native"),
+    [(what, native) for native, attacks in ((False, STOMP), (True, NATIVE)) for what in attacks],
+    ids=lambda value: value if isinstance(value, str) else "native" if value else "stomp",
+)
 def test_a_turn_has_an_end(what: str, native: bool):
     async def action() -> None:
         async with arena(limits={"turn_messages_max": TURN_MAX}) as it:
