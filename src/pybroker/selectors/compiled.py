@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from pybroker.message import Message, decode_headers
 from pybroker.selectors.evaluation import Truth, header_name, truth_of
 from pybroker.selectors.syntax import Comparison, Junction, Literal, Name, Node, invalid, parse
 
+KEPT_MAX = 4_096  # header blocks whose headers are kept: a few megabytes
+KEPT_BYTES_MAX = 512  # of such a block
 CACHED_MAX = 1_000  # compiled selectors that are remembered beside those in use
 
 
@@ -55,18 +57,29 @@ def _matcher(truth: Truth) -> Callable[[Message], bool]:
     return matches
 
 
-_last: tuple[bytes, dict[str, str]] = (b"", {})
+_last: tuple[bytes, Mapping[str, str]] = (b"", {})
 
 
-def headers_of(message: Message) -> dict[str, str]:
-    """A message's headers, the first of each name. Those of the last message are kept: many selectors may be asked about it."""
+def headers_of(message: Message) -> Mapping[str, str]:
+    """A message's headers, the first of each name.
+
+    Those of the last message are kept: many selectors may be asked about it. Short ones are kept longer: a selective consumer of
+    a queue is asked about all that others left, again and again.
+    """
     global _last
     block, headers = _last
     if block is not message.header_block:
         block = message.header_block
-        headers = dict(reversed(decode_headers(block)))
+        headers = _kept(block) if len(block) <= KEPT_BYTES_MAX else _read(block)
         _last = block, headers
     return headers
+
+
+def _read(block: bytes) -> Mapping[str, str]:
+    return dict(reversed(decode_headers(block)))
+
+
+_kept = lru_cache(maxsize=KEPT_MAX)(_read)
 
 
 def _equality(node: Node) -> tuple[str, str | int | float] | None:
